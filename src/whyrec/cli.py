@@ -1,0 +1,191 @@
+"""The command line: parse, call, print. `whyrec COMMAND -h` tells each command's options."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Stages import torch and transformers, which takes seconds: each command imports its own.
+
+_DESCRIPTION = """A recommender that reasons, from raw logs to recommended items.
+
+The stages, in order, each reading what the one before wrote into the run folder:
+
+  whyrec prepare ml-100k --run runs/ml-100k
+  whyrec index    --run runs/ml-100k --recipe recipes/ml-100k/index.yaml
+  whyrec align    --run runs/ml-100k --recipe recipes/ml-100k/align.yaml
+  whyrec evaluate  runs/ml-100k/model/aligned --run runs/ml-100k
+  whyrec recommend runs/ml-100k/model/aligned --history 50,172,181
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 2 after one sentence about what was wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.call(options)
+    except (ValueError, OSError) as error:
+        print(f"whyrec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("whyrec: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="whyrec", description=_DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _stage(commands, "prepare", _prepare, "read a log and a catalogue into a run folder")
+    command.add_argument("source", help="a folder, a log file, or ml-100k for the embedded default")
+    command.add_argument("--format", help="e.g. amazon2014, movielens, csv; told from the files")
+    command.add_argument("--k-core", type=int, help="drop users and items with fewer events (5)")
+    command.add_argument("--split", help="leave-one-out (default) or temporal")
+
+    _stage(commands, "index", _index, "embed the items, give each a semantic ID, build the trie")
+    _stage(commands, "align", _align, "teach the LLM the semantic IDs; makes model/aligned")
+
+    command = commands.add_parser("evaluate", help="rank the whole catalogue for a split's users")
+    command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
+    command.add_argument("--run", type=Path, required=True, help="run folder with the data set")
+    command.add_argument("--split", choices=("valid", "test"), default="test")
+    command.add_argument("--beams", type=int, default=20, help="beam width (20)")
+    command.add_argument("--users", type=int, default=0, help="a fixed random subset; 0 for all")
+    command.add_argument("--sasrec", type=Path, help="SASRec's recipe, e.g. recipes/X/sasrec.yaml")
+    command.add_argument("--no-baselines", action="store_true", help="our model only")
+    command.add_argument("--json", type=Path, help="write the record here besides RUN/eval")
+    command.set_defaults(call=_evaluate)
+
+    command = commands.add_parser("recommend", help="recommend items after a history")
+    command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
+    who = command.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", action="append", help="a user of --run; may be given again")
+    who.add_argument("--history", help="item ids, oldest first, with commas between them")
+    command.add_argument("--run", type=Path, help="the run folder that knows the user")
+    command.add_argument("-k", type=int, default=10, help="how many items (10)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(call=_recommend)
+
+    command = commands.add_parser("add-items", help="add new items to a model, without training")
+    command.add_argument("model", type=Path, help="model folder")
+    command.add_argument("items", type=Path, help="CSV, TSV, JSON lines or Parquet of items")
+    command.set_defaults(call=_add_items)
+    return parser
+
+
+def _stage(commands, name: str, call, text: str) -> argparse.ArgumentParser:
+    """The options that every stage has."""
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/NAME")
+    command.add_argument("--recipe", type=Path, help="YAML file of settings; defaults without it")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting of the recipe; may be given again",
+    )
+    command.add_argument("--force", action="store_true", help="run even if nothing has changed")
+    command.set_defaults(call=call)
+    return command
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from whyrec.catalog.prepare import PrepareRecipe, prepare
+    from whyrec.recipe import load_recipe
+
+    changes = {
+        "source": options.source,
+        "format": options.format,
+        "k_core": options.k_core,
+        "split": options.split,
+    }
+    changed = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+    recipe = load_recipe(PrepareRecipe, options.recipe, [*options.set, *changed])
+    prepare(options.run, recipe, force=options.force)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from whyrec.backbone.load import load_backbone
+    from whyrec.recipe import load_recipe
+    from whyrec.sid.index import IndexRecipe, index
+
+    recipe = load_recipe(IndexRecipe, options.recipe, options.set)
+    index(options.run, recipe, force=options.force, load_backbone=load_backbone)
+
+
+def _align(options: argparse.Namespace) -> None:
+    from whyrec.recipe import load_recipe
+    from whyrec.train.align import AlignRecipe, align
+
+    recipe = load_recipe(AlignRecipe, options.recipe, options.set)
+    align(options.run, recipe, force=options.force)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from whyrec.evaluation.evaluate import evaluate, figures_table
+    from whyrec.evaluation.sasrec import SasrecRecipe
+    from whyrec.recipe import load_recipe
+
+    sasrec = None if options.no_baselines else load_recipe(SasrecRecipe, options.sasrec)
+    figures = evaluate(
+        options.model,
+        options.run,
+        split=options.split,
+        beams=options.beams,
+        users=options.users,
+        sasrec_recipe=sasrec,
+        command=shlex.join(["whyrec", *sys.argv[1:]]),
+        json_path=options.json,
+    )
+    print(figures_table(figures))
+
+
+def _recommend(options: argparse.Namespace) -> None:
+    from whyrec.decode.recommender import Recommender
+
+    histories: dict[str, list[str]] = {}
+    if options.user:
+        if options.run is None:
+            raise ValueError("--user needs --run, the run folder that knows the user")
+        from whyrec.catalog.dataset import Dataset
+
+        dataset = Dataset.load(options.run / "dataset")
+        for user in options.user:
+            sequence = dataset.sequences[dataset.user(user)]
+            histories[f"user {user}"] = [dataset.items[i].item_id for i in sequence]
+    else:
+        ids = [item_id.strip() for item_id in options.history.split(",")]
+        histories["history"] = [item_id for item_id in ids if item_id]
+    recommender = Recommender.from_pretrained(options.model)
+    answers = {}
+    for name, history in histories.items():
+        found = recommender.recommend(history, k=options.k)
+        answers[name] = {"history": history, "items": [entry.as_dict() for entry in found]}
+        if options.json:
+            continue
+        shown = [recommender.items[i] for i in recommender.indices(history[-8:])]
+        print(f"\n{name}, {len(history)} items; the newest:")
+        for item in shown:
+            print(f"    {item.title or item.item_id}")
+        print("  recommended:")
+        for rank, entry in enumerate(found, start=1):
+            print(f"  {rank:3}. {entry.title or entry.item_id}   {entry.score:.2f}")
+    if options.json:
+        print(json.dumps(answers, ensure_ascii=False, indent=2))
+
+
+def _add_items(options: argparse.Namespace) -> None:
+    from whyrec.decode.add_items import add_items
+
+    added = add_items(options.model, options.items)
+    print(f"added {added} items to {options.model}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A model folder: all that is needed to recommend, in one place.
+
+Weights and tokenizer as any Hugging Face model (plain `AutoModelForCausalLM` loads it), beside
+`items.parquet`, `sids.parquet`, `trie.safetensors`, what new items are encoded with
+(`codebooks.safetensors`, `embeddings.safetensors`), the prompt templates
+and `whyrec.json`.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from whyrec.backbone.load import load_backbone
+from whyrec.catalog.dataset import Item, read_items
+from whyrec.prompting.encoder import PromptEncoder
+from whyrec.prompting.templates import template_file
+from whyrec.sid.index import read_sids
+from whyrec.sid.trie import Trie
+from whyrec.sid.vocabulary import SidVocabulary
+from whyrec.stage import write_json
+
+SETTINGS_FILE = "whyrec.json"
+CATALOGUE_FILES = (
+    "sids.parquet",
+    "codebooks.safetensors",
+    "trie.safetensors",
+    "embeddings.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `whyrec.json` says of a model.
+
+    Attributes:
+        stage: the stage that made it: aligned, activated or enhanced.
+        backbone: the name it was made from.
+        level_sizes: codes of each SID level.
+        max_history: items of a history that the prompt holds at most.
+    """
+
+    stage: str
+    backbone: str
+    level_sizes: list[int]
+    max_history: int
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A loaded model folder."""
+
+    settings: Settings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: list[Item]
+    codes_NL: Tensor
+    trie: Trie
+    vocabulary: SidVocabulary
+    encoder: PromptEncoder
+
+
+def save_model_folder(
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    dataset_folder: Path,
+    sids_folder: Path,
+) -> None:
+    """Write a model folder; catalogue files are copied from the run's `dataset/` and `sids/`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copyfile(dataset_folder / "items.parquet", folder / "items.parquet")
+    for name in CATALOGUE_FILES:
+        shutil.copyfile(sids_folder / name, folder / name)
+    (folder / "prompts").mkdir(exist_ok=True)
+    shutil.copyfile(template_file("recommend"), folder / "prompts" / "recommend.yaml")
+    write_json(folder / SETTINGS_FILE, asdict(settings))
+
+
+def load_model_folder(
+    folder: Path, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> ModelFolder:
+    """Load a model folder.
+
+    Args:
+        folder: what `whyrec align` (or a later stage) wrote.
+        device: e.g. `cuda` or `cpu`; the GPU if there is one.
+        dtype: of the weights; bf16 on a GPU, float32 on a CPU (bf16 is slower on most).
+
+    Raises:
+        ValueError: when the folder is no model folder, or its parts do not belong together.
+    """
+    if not (folder / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{folder} is not a WhyRec model folder (no {SETTINGS_FILE}); "
+            "name a folder that `whyrec align` wrote, such as runs/NAME/model/aligned"
+        )
+    settings = Settings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    items = read_items(folder / "items.parquet")
+    codes_NL = read_sids(folder / "sids.parquet", [item.item_id for item in items])
+    trie = Trie.load(folder / "trie.safetensors")
+    if trie.num_items != len(items) or list(trie.level_sizes) != settings.level_sizes:
+        raise ValueError(
+            f"the trie in {folder} holds {trie.num_items} items and the catalogue {len(items)}: "
+            "they belong to different catalogues; copy the folder again as a whole"
+        )
+    model, tokenizer = load_backbone(str(folder), dtype=dtype)
+    vocabulary = SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes)
+    encoder = PromptEncoder(
+        tokenizer,
+        vocabulary=vocabulary,
+        codes_NL=codes_NL.tolist(),
+        template_folder=folder / "prompts",
+    )
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)

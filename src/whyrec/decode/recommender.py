@@ -1,0 +1,140 @@
+"""`Recommender`: a trained model folder as a Python object.
+
+from whyrec import Recommender
+
+recommender = Recommender.from_pretrained("runs/ml-100k/model/aligned")
+for item in recommender.recommend(history=["1", "50", "181"], k=10):
+    print(item.title, item.score)
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from whyrec.catalog.dataset import nearest_ids
+from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.model_folder import ModelFolder, load_model_folder
+from whyrec.decode.ranking import Ranking, rank_histories
+from whyrec.sid.vocabulary import sid_text
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+        item_id: the catalogue's id.
+        title: the catalogue's title.
+        score: log-probability of the item's SID, given the history.
+        sid: the semantic ID as text.
+    """
+
+    item_id: str
+    title: str
+    score: float
+    sid: str
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Recommender:
+    """Recommends items of one catalogue. Make it with `Recommender.from_pretrained`."""
+
+    def __init__(self, parts: ModelFolder) -> None:
+        self.items = parts.items
+        self.settings = parts.settings
+        self.encoder = parts.encoder
+        self.decoder = BeamDecoder(parts.model, vocabulary=parts.vocabulary, trie=parts.trie)
+        self._codes_NL = parts.codes_NL
+        self._index = {item.item_id: index for index, item in enumerate(parts.items)}
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> "Recommender":
+        """Load a model folder, e.g. `runs/NAME/model/aligned`.
+
+        Args:
+            folder: what `whyrec align` or a later stage wrote.
+            device: `cpu`, `cuda`, …; the GPU if there is one.
+            dtype: of the weights; bf16 on a GPU and float32 on a CPU.
+
+        Raises:
+            ValueError: when it is no model folder.
+        """
+        return cls(load_model_folder(Path(folder), device=device, dtype=dtype))
+
+    def recommend(
+        self,
+        history: Sequence[str],
+        *,
+        k: int = 10,
+        exclude: Sequence[str] | None = None,
+        width: int | None = None,
+    ) -> list[Recommendation]:
+        """Recommend the next items after a history.
+
+        Args:
+            history: item ids, oldest first; may be empty.
+            k: how many items.
+            exclude: item ids that must not come; None excludes the history itself, an empty
+                list excludes nothing.
+            width: beam width; at least k, 2 k by default.
+
+        Returns:
+            At most k items, best first (fewer when the catalogue has no more).
+
+        Raises:
+            ValueError: for an unknown item id (with the nearest known ones) or a k below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        indices = np.asarray(self.indices(history), dtype=np.int64)
+        barred = indices.tolist() if exclude is None else self.indices(exclude)
+        width = min(max(width or 2 * k, k), len(self.items))
+        prompt = self.encoder.recommendation_prompt(indices[-self.settings.max_history :].tolist())
+        prefilled = self.decoder.prefill([prompt], width=width)
+        beams = self.decoder.search(prefilled, width=width, excluded=[barred])
+        pairs = zip(beams.items_UW[0].tolist(), beams.scores_UW[0].tolist(), strict=True)
+        return [self._recommendation(item, score) for item, score in pairs if item >= 0][:k]
+
+    def rank(
+        self,
+        histories: Sequence[np.ndarray],
+        *,
+        width: int,
+        exclude_history: Sequence[bool] = (True,),
+        progress: str = "",
+    ) -> list[Ranking]:
+        """Rank the catalogue for many histories of item indices; see `rank_histories`."""
+        return rank_histories(
+            self.decoder,
+            self.encoder,
+            histories,
+            width=width,
+            max_history=self.settings.max_history,
+            exclude_history=exclude_history,
+            progress=progress,
+        )
+
+    def indices(self, item_ids: Sequence[str]) -> list[int]:
+        """Item indices of ids.
+
+        Raises:
+            ValueError: for an unknown id, with the nearest known ones.
+        """
+        for item_id in item_ids:
+            if item_id not in self._index:
+                near = ", ".join(nearest_ids(item_id, self._index))
+                raise ValueError(f"unknown item {item_id!r}; the nearest known ids are {near}")
+        return [self._index[item_id] for item_id in item_ids]
+
+    def _recommendation(self, item: int, score: float) -> Recommendation:
+        entry = self.items[item]
+        return Recommendation(
+            entry.item_id, entry.title, score, sid_text(self._codes_NL[item].tolist())
+        )

@@ -1,0 +1,162 @@
+"""Run a Hugging Face decoder over a prompt and then over a tree of beam tokens.
+
+Beams of one user share the prompt's keys and values, which are computed once and never copied. Each
+beam token is written into its own slot behind them, once, and never moved: when beams are
+re-parented only a boolean mask changes, which says whose ancestors a token may see (tree attention,
+Miao et al. 2024, SpecInfer, arXiv 2305.09781). The query heads of a key/value head are folded into
+the query axis, so that grouped keys are not expanded either.
+
+The model runs its own code: Transformers' `AttentionInterface` lets us put our attention in place
+of its own for the length of one call. Dimensions: U users, T new tokens a user, P prompt slots,
+S slots in use, H query heads, J key/value heads, E head size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+_NAME = "whyrec_tree"
+
+
+@dataclass
+class KeyValueStore:
+    """Keys and values of U prompts and of the beam tokens behind them, for every layer.
+
+    Attributes:
+        lengths_U: prompt lengths; prompts are padded on the right.
+        prompt_slots: P, the longest prompt.
+        capacity: slots a user in all: P and the tree's.
+        used: slots in use; the next tokens are written from here on.
+        keys, values: by layer, [U, J, capacity, E].
+        mask_UTS: what the tokens of the running call may see; None during the prefill.
+    """
+
+    lengths_U: Tensor
+    prompt_slots: int
+    capacity: int
+    used: int = 0
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    mask_UTS: Tensor | None = None
+
+    def forget_tree(self) -> None:
+        """Drop all beam tokens, so that another beam can start from the same prompts."""
+        self.used = self.prompt_slots
+
+    def write(self, layer: int, key_UJTE: Tensor, value_UJTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new tokens into the next slots of a layer; return all slots up to them."""
+        num_users, num_heads, num_tokens, size = key_UJTE.shape
+        if layer not in self.keys:
+            shape = (num_users, num_heads, self.capacity, size)
+            self.keys[layer] = key_UJTE.new_empty(shape)
+            self.values[layer] = value_UJTE.new_empty(shape)
+        stop = self.used + num_tokens
+        assert stop <= self.capacity, f"{stop} slots needed, {self.capacity} there"
+        self.keys[layer][:, :, self.used : stop] = key_UJTE
+        self.values[layer][:, :, self.used : stop] = value_UJTE
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+
+def tree_attention(
+    module: nn.Module,
+    query_UHTE: Tensor,
+    key_UJTE: Tensor,
+    value_UJTE: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    tree_store: KeyValueStore,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface over a `KeyValueStore`; returns [U, T, H, E], None."""
+    assert isinstance(module.layer_idx, int)
+    keys_UJSE, values_UJSE = tree_store.write(module.layer_idx, key_UJTE, value_UJTE)
+    num_users, num_heads, num_tokens, size = query_UHTE.shape
+    num_kv_heads = key_UJTE.shape[1]
+    if tree_store.mask_UTS is None:
+        # Padding is on the right, where causal attention never looks from a real token.
+        output_UHTE = F.scaled_dot_product_attention(
+            query_UHTE,
+            key_UJTE,
+            value_UJTE,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=num_kv_heads != num_heads,
+        )
+    else:
+        groups = num_heads // num_kv_heads
+        folded = query_UHTE.reshape(num_users, num_kv_heads, groups * num_tokens, size)
+        mask = tree_store.mask_UTS[:, None].repeat(1, 1, groups, 1)
+        output_UHTE = F.scaled_dot_product_attention(
+            folded, keys_UJSE, values_UJSE, attn_mask=mask, scale=scaling
+        ).reshape(num_users, num_heads, num_tokens, size)
+    return output_UHTE.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, tree_attention)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse, before any work, a model whose attention is more than plain softmax attention.
+
+    Raises:
+        ValueError: for sliding windows, soft-capped scores and hybrid layers.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    reason = None
+    if not model._supports_attention_backend:
+        reason = "its attention cannot be replaced (no support for AttentionInterface)"
+    elif kinds != {"full_attention"}:
+        reason = f"it has layers of type {', '.join(sorted(kinds - {'full_attention'}))}"
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        reason = "it uses a sliding attention window"
+    elif getattr(config, "attn_logit_softcapping", None):
+        reason = "it soft-caps its attention scores"
+    if reason:
+        raise ValueError(
+            f"{type(model).__name__} cannot be used for constrained beams: {reason}; choose a "
+            "backbone with plain full attention, such as Llama, SmolLM2, Qwen2.5 or Qwen3"
+        )
+
+
+@contextmanager
+def _attention_of(model: PreTrainedModel) -> Iterator[None]:
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def run(
+    model: PreTrainedModel,
+    ids_UT: Tensor,
+    *,
+    positions_UT: Tensor,
+    store: KeyValueStore,
+    mask_UTS: Tensor | None = None,
+) -> Tensor:
+    """Last hidden states [U, T, D] of new tokens, whose keys and values go into `store`.
+
+    Args:
+        model: a causal LM (`AutoModelForCausalLM`).
+        ids_UT: token ids.
+        positions_UT: their positions in the sequence.
+        store: slots for T more tokens must be free.
+        mask_UTS: True where a token may look, over all slots in use after this call; None for
+            the prefill of right-padded prompts.
+    """
+    store.mask_UTS = mask_UTS
+    with _attention_of(model):
+        output = model.base_model(
+            input_ids=ids_UT, position_ids=positions_UT, use_cache=False, tree_store=store
+        )
+    store.used += ids_UT.shape[1]
+    return output.last_hidden_state

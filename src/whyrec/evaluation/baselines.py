@@ -1,0 +1,146 @@
+"""Baselines that learn by counting, and the one ranking loop that every baseline shares.
+
+*Popularity* ranks items by their training events. *Co-visitation* counts which items are near each
+other in a user's training sequence (window 5, weight 1/distance forward and half of it backward)
+and scores a candidate by the last 10 history items, newest first with weights 1, 0.7, 0.49, …,
+divided by the square root of the candidate's training events plus one. It is the item-to-item
+table of classic shops (Linden, Smith & York 2003), and on Amazon reviews it reaches published
+generative models.
+
+A model is a function from a batch of histories to scores over the whole catalogue:
+
+    ranked_EK = rank(co_visitation(dataset), dataset.examples("test"), exclude_history=True)
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import sparse
+from tqdm import tqdm
+
+from whyrec.catalog.dataset import Dataset, Examples
+
+# histories (int32 item indices, oldest first) → scores_BN over all items, higher is better
+ScoreFn = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def rank(
+    score_fn: ScoreFn,
+    examples: Examples,
+    *,
+    k: int = 20,
+    exclude_history: bool,
+    batch_size: int = 1024,
+) -> np.ndarray:
+    """Rank the whole catalogue for every example, a batch of users at a time.
+
+    Args:
+        score_fn: scores_BN for a batch of histories; they are compared in float32, and -inf marks
+            an item that is never recommended.
+        examples: what to predict.
+        k: places per list.
+        exclude_history: leave out the items that the user has had before the target.
+        batch_size: users scored at once; memory holds `batch_size` x N scores.
+
+    Returns:
+        ranked_EK: int32 item indices, best first, ties by the lower index; -1 where fewer than k
+        items can be recommended.
+    """
+    ranked = []
+    starts = range(0, len(examples), batch_size)
+    for start in tqdm(starts, desc="ranking", unit="batch", leave=False, disable=len(starts) < 4):
+        histories = examples.histories[start : start + batch_size]
+        scores_BN = np.array(score_fn(histories), dtype=np.float32)  # a copy: written to below
+        if exclude_history:
+            rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+            scores_BN[rows, np.concatenate(histories)] = -np.inf
+        ranked.append(top_items(scores_BN, k=k))
+    return np.concatenate(ranked) if ranked else np.empty((0, k), np.int32)
+
+
+def top_items(scores_BN: np.ndarray, *, k: int) -> np.ndarray:
+    """The k best items of each row, ties by the lower index, -1 in place of scores of -inf.
+
+    A selection alone would break ties at random. So each float32 score becomes an integer in the
+    same order, with the item's index below it: all keys differ, and any selection gives one answer.
+
+    Returns:
+        int32 [B, k]
+    """
+    num_items = scores_BN.shape[1]
+    scores_BN = np.asarray(scores_BN, dtype=np.float32) + np.float32(0)  # -0.0 becomes 0.0
+    assert not np.isnan(scores_BN).any()
+    bits_BN = scores_BN.view(np.int32)
+    ordered_BN = np.where(bits_BN < 0, bits_BN ^ np.int32(0x7FFFFFFF), bits_BN).astype(np.int64)
+    keys_BN = (ordered_BN << 32) | np.arange(num_items - 1, -1, -1)
+    kept = min(k, num_items)
+    best_BK = np.sort(np.partition(keys_BN, num_items - kept, axis=1)[:, num_items - kept :])
+    items_BK = num_items - 1 - (best_BK[:, ::-1] & 0xFFFFFFFF)
+    items_BK[np.take_along_axis(scores_BN, items_BK, axis=1) == -np.inf] = -1
+    padding = ((0, 0), (0, k - kept))
+    return np.pad(items_BK, padding, constant_values=-1).astype(np.int32)
+
+
+def popularity(dataset: Dataset) -> ScoreFn:
+    """Score every item by its number of training events, whoever asks."""
+    counts_N = _training_counts(dataset)
+
+    def score(histories: Sequence[np.ndarray]) -> np.ndarray:
+        return np.broadcast_to(counts_N, (len(histories), len(counts_N)))
+
+    return score
+
+
+def co_visitation(
+    dataset: Dataset,
+    *,
+    window: int = 5,
+    backward: float = 0.5,
+    decay: float = 0.7,
+    last: int = 10,
+) -> ScoreFn:
+    """Score items by how often they stood near the history's last items in training sequences.
+
+    Args:
+        dataset: counts come from its training events only, whatever split is ranked.
+        window: the greatest distance, in events, at which two items count as neighbours.
+        backward: weight of "j stood before i" against "j stood after i".
+        decay: weight of a history item against the next newer one.
+        last: how many of the newest history items are looked at.
+    """
+    counts_N = _training_counts(dataset)
+    num_items = len(counts_N)
+    neighbours_NN = _neighbours(dataset, window=window, backward=backward)
+    per_root_N = 1.0 / np.sqrt(counts_N + 1)  # + 1: an item seen once or twice is no safe bet
+    table_NN = (neighbours_NN @ sparse.diags_array(per_root_N)).tocsr()
+
+    def score(histories: Sequence[np.ndarray]) -> np.ndarray:
+        recent = [history[: -last - 1 : -1] for history in histories]  # newest first
+        rows = np.repeat(np.arange(len(recent)), [len(items) for items in recent])
+        weights = np.concatenate([decay ** np.arange(len(items)) for items in recent])
+        shape = (len(recent), num_items)
+        history_BN = sparse.csr_array((weights, (rows, np.concatenate(recent))), shape=shape)
+        return (history_BN @ table_NN).toarray()
+
+    return score
+
+
+def _training_counts(dataset: Dataset) -> np.ndarray:
+    events = np.concatenate([np.empty(0, np.int32), *dataset.training_sequences()])
+    return np.bincount(events, minlength=len(dataset.items)).astype(np.float64)
+
+
+def _neighbours(dataset: Dataset, *, window: int, backward: float) -> sparse.csr_array:
+    """C[i, j]: the summed weight of the times that j stood near i."""
+    sequences = dataset.training_sequences()
+    events_P = np.concatenate([np.empty(0, np.int32), *sequences])
+    users_P = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    shape = (len(dataset.items), len(dataset.items))
+    total = sparse.csr_array(shape)
+    for distance in range(1, window + 1):
+        same_user = users_P[distance:] == users_P[:-distance]
+        before, after = events_P[:-distance][same_user], events_P[distance:][same_user]
+        weights = np.full(len(before), 1.0 / distance)
+        forward_NN = sparse.csr_array((weights, (before, after)), shape=shape)
+        total = total + forward_NN + backward * forward_NN.T
+    return total.tocsr()

@@ -1,0 +1,1 @@
+"""History and items → text and token ids: the one place that knows the chat format."""

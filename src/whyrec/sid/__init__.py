@@ -1,0 +1,1 @@
+"""Semantic IDs (SIDs): item vectors, quantisers, unique assignment, vocabulary, trie."""

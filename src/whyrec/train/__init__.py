@@ -1,0 +1,1 @@
+"""Training stages, one file each, all runnable by `accelerate launch -m`."""

@@ -1,0 +1,417 @@
+"""Itemic alignment: teach a pretrained LLM the catalogue's SIDs (OneRec-Think §3.1, 2510.11639).
+
+First a token warm-up: everything frozen but the new rows. Then the multi-task mix of
+`whyrec.train.mix`, on LoRA and the new rows or on all weights, with the loss of
+`whyrec.train.loss`; the checkpoint with the best validation N@10 is kept.
+
+    whyrec align --run runs/NAME --recipe recipes/NAME/align.yaml
+    accelerate launch --config_file recipes/accelerate/gpu.yaml -m whyrec.train.align \\
+        --run runs/NAME --recipe recipes/NAME/align.yaml
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from whyrec.backbone.extend import extend_vocabulary, new_token_ids
+from whyrec.backbone.load import load_backbone
+from whyrec.backbone.lora import add_lora, load_adapter, plain_model, save_adapter
+from whyrec.catalog.dataset import Dataset
+from whyrec.decode.model_folder import Settings, save_model_folder
+from whyrec.prompting.encoder import PromptEncoder
+from whyrec.prompting.templates import load_templates, template_file
+from whyrec.recipe import load_recipe, recipe_config
+from whyrec.sid.index import read_sids
+from whyrec.sid.quantizers import load_quantizer
+from whyrec.sid.trie import Trie
+from whyrec.stage import read_stage, run_stage
+from whyrec.train.loss import SidLoss
+from whyrec.train.mix import AlignmentMix, MixSizes
+from whyrec.train.replay import own_replies
+from whyrec.train.trainer import BEST_METRIC, AlignTrainer, say
+
+
+@dataclass
+class AlignRecipe:
+    """Settings of itemic alignment.
+
+    Attributes:
+        backbone: `smollm2-135m`, a hub id or a folder.
+        random_weights: take the backbone's architecture only (an ablation).
+        checkpoint: a released checkpoint to start from; skips the token warm-up.
+        lora_rank: LoRA rank; 0 trains all weights.
+        lora_alpha: scale of the LoRA update, divided by √rank.
+        lora_dropout: dropout on the adapters' inputs.
+        max_history: items of a history that a prompt holds at most.
+        warmup_epochs: epochs of the token warm-up.
+        warmup_lr: its learning rate.
+        epochs: of the multi-task mix.
+        max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
+        lr: learning rate of the mix (cosine schedule).
+        weight_decay: of AdamW.
+        batch_size: sequences of an optimizer step, over all processes.
+        micro_batch_size: sequences of a forward pass of one process at most.
+        label_smoothing: over the legal codes of a SID target.
+        dropout: on input embeddings and last hidden states.
+        captions: share of the catalogue captioned, and looked up, each epoch.
+        personas: share of the users told as a story each epoch.
+        replays: general prompts replayed each epoch.
+        replay_tokens: tokens of a replayed reply at most.
+        evaluations: validations during the mix.
+        valid_users: validation users at most; 0 for all.
+        beam_width: of the validation.
+        seed: of weights, order and dropout.
+        report_to: a tracker that transformers knows, or none.
+    """
+
+    backbone: str = "smollm2-135m"
+    random_weights: bool = False
+    checkpoint: str = ""
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    max_history: int = 50
+    warmup_epochs: int = 1
+    warmup_lr: float = 5e-3
+    epochs: int = 10
+    max_steps: int = 0
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    batch_size: int = 32
+    micro_batch_size: int = 8
+    label_smoothing: float = 0.1
+    dropout: float = 0.1
+    captions: float = 0.5
+    personas: float = 0.2
+    replays: int = 64
+    replay_tokens: int = 64
+    evaluations: int = 10
+    valid_users: int = 1000
+    beam_width: int = 20
+    seed: int = 0
+    report_to: str = "none"
+
+
+def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
+    """Make `run/model/aligned` out of `run/dataset`, `run/sids` and the recipe's backbone.
+
+    Raises:
+        ValueError: when an earlier stage is missing, or the checkpoint belongs to other SIDs.
+    """
+    read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
+    read_stage(run / "sids", made_by=f"whyrec index --run {run}")
+    checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else None
+    inputs = {
+        "dataset": run / "dataset",
+        "sids": run / "sids",
+        "templates": template_file("align"),
+        "question": template_file("recommend"),
+    } | ({"checkpoint": checkpoint} if checkpoint else {})
+    if checkpoint:
+        check_checkpoint(checkpoint, run / "sids")
+    run_stage(
+        run / "model" / "aligned",
+        lambda folder: _build(run, recipe, folder),
+        stage="align",
+        config=recipe_config(recipe),
+        inputs=inputs,
+        force=force,
+        keep_partial=True,
+        processes=PartialState(),
+    )
+
+
+def check_checkpoint(checkpoint: Path, sids_folder: Path) -> None:
+    """Refuse a checkpoint that was trained on other SIDs than the run's.
+
+    Raises:
+        ValueError: when it holds no SIDs or others.
+    """
+    if not (checkpoint / "sids.parquet").exists():
+        raise ValueError(f"{checkpoint} is no released checkpoint: it holds no sids.parquet")
+    if (checkpoint / "sids.parquet").read_bytes() != (sids_folder / "sids.parquet").read_bytes():
+        raise ValueError(
+            f"the checkpoint {checkpoint} belongs to another catalogue or other SIDs than "
+            f"{sids_folder}; run `whyrec index --set checkpoint={checkpoint}` first"
+        )
+
+
+def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
+    torch.manual_seed(recipe.seed)
+    processes = PartialState()
+    dataset = Dataset.load(run / "dataset")
+    codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
+    trie = Trie.load(run / "sids" / "trie.safetensors")
+    codebooks = load_quantizer(run / "sids" / "codebooks.safetensors").codebooks
+
+    model, tokenizer = load_backbone(recipe.backbone, random_weights=recipe.random_weights)
+    with processes.main_process_first():
+        replies = own_replies(
+            model.to(processes.device),
+            tokenizer,
+            load_templates("general")["train"][: recipe.replays],
+            max_tokens=recipe.replay_tokens,
+            cache=folder / ".replies.json",
+        )
+    vocabulary = extend_vocabulary(
+        model, tokenizer, level_sizes=trie.level_sizes, codebooks=codebooks, seed=recipe.seed
+    )
+    encoder = PromptEncoder(tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist())
+    _check_context(model, encoder, recipe)
+    adapted = _adapted(model, recipe, token_ids=new_token_ids(vocabulary, tokenizer))
+    valid = dataset.examples("valid")
+    if 0 < recipe.valid_users < len(valid):
+        valid = valid.take(recipe.valid_users, seed=0)
+    sid_loss = SidLoss(
+        vocabulary, trie.to(processes.device), recipe.label_smoothing, recipe.dropout
+    )
+
+    def trainer(phase: str, **settings: Any) -> AlignTrainer:
+        mix = AlignmentMix(
+            encoder,
+            items=dataset.items,
+            sequences=dataset.training_sequences(),
+            replies=replies,
+            sizes=MixSizes(recipe.captions, recipe.personas, recipe.max_history),
+            epochs=settings.pop("epochs"),
+            seed=recipe.seed,
+        )
+        say(f"align, {phase}: {len(mix)} examples, {mix.tasks()}")
+        return AlignTrainer(
+            adapted,
+            args=_arguments(recipe, folder / f".{phase}", num_examples=len(mix), **settings),
+            mix=mix,
+            encoder=encoder,
+            sid_loss=sid_loss,
+            valid=valid,
+            beam_width=recipe.beam_width,
+            max_history=recipe.max_history,
+        )
+
+    if recipe.warmup_epochs and not recipe.checkpoint:
+        token_ids = new_token_ids(vocabulary, tokenizer)
+        _warm_up(adapted, trainer, recipe, folder / ".warmup.safetensors", token_ids)
+    summary = _train_mix(adapted, trainer, recipe, folder)
+    if processes.is_main_process:
+        _save(run, recipe, folder, adapted, tokenizer, list(trie.level_sizes))
+        for scratch in folder.glob(".*"):
+            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+    return summary
+
+
+def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:
+    longest = len(encoder.recommendation_prompt([0] * recipe.max_history)) + 16
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > limit:
+        raise ValueError(
+            f"max_history {recipe.max_history} makes prompts of {longest} tokens, but "
+            f"{recipe.backbone} reads {limit}; lower max_history in the recipe"
+        )
+
+
+def _adapted(model: PreTrainedModel, recipe: AlignRecipe, *, token_ids: list[int]) -> nn.Module:
+    """The model that trains: with the checkpoint's adapter, with a fresh one, or as it is."""
+    if recipe.checkpoint:
+        return load_adapter(model, Path(recipe.checkpoint))
+    if recipe.lora_rank == 0:
+        return model
+    return add_lora(
+        model,
+        token_ids=token_ids,
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+    )
+
+
+def _arguments(
+    recipe: AlignRecipe,
+    folder: Path,
+    *,
+    num_examples: int,
+    lr: float,
+    evaluations: int,
+    max_steps: int = 0,
+) -> SFTConfig:
+    """TRL's configuration of one phase; the global batch is the same on any number of processes."""
+    processes = PartialState().num_processes
+    share = max(recipe.batch_size // processes, 1)
+    if share * processes != recipe.batch_size:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes; "
+            "make it a multiple of their number"
+        )
+    micro = next(m for m in range(min(recipe.micro_batch_size, share), 0, -1) if share % m == 0)
+    steps = max(num_examples // recipe.batch_size, 1)
+    steps = min(steps, max_steps) if max_steps else steps
+    every = max(steps // max(evaluations, 1), 1)
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_num_workers=4 if on_gpu else 0,
+        eval_strategy="steps" if evaluations else "no",
+        eval_steps=every,
+        save_strategy="steps" if evaluations else "no",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=evaluations > 0,
+        metric_for_best_model=BEST_METRIC,
+        greater_is_better=True,
+        logging_steps=max(every // 5, 1),
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+    )
+
+
+def _warm_up(
+    adapted: nn.Module,
+    trainer: Callable[..., AlignTrainer],
+    recipe: AlignRecipe,
+    done: Path,
+    token_ids: list[int],
+) -> None:
+    """Train the new rows alone; their values are kept in `done` for a run that is resumed."""
+    rows = dict(_row_parameters(adapted))
+    if done.exists():
+        saved = load_file(done)
+        for name, parameter in rows.items():
+            parameter.data.copy_(saved[name])
+        return
+    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(name in rows)
+    # Without PEFT a row parameter is the whole embedding: its old rows get no gradient.
+    hooks = []
+    if not isinstance(adapted, PeftModel):
+        hooks = [p.register_hook(partial(_keep_rows, token_ids=token_ids)) for p in rows.values()]
+    warm = trainer("warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0)
+    warm.args.weight_decay = 0.0  # decay would move the old rows too
+    warm.train()
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    if PartialState().is_main_process:
+        temporary = done.with_suffix(".tmp")
+        save_file({name: p.detach().cpu().contiguous() for name, p in rows.items()}, temporary)
+        temporary.replace(done)
+
+
+def _keep_rows(gradient_VD: Tensor, *, token_ids: list[int]) -> Tensor:
+    kept_VD = torch.zeros_like(gradient_VD)
+    kept_VD[token_ids] = gradient_VD[token_ids]
+    return kept_VD
+
+
+def _row_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that hold new rows: PEFT's, or the embedding and the head themselves."""
+    plain = plain_model(adapted)
+    whole = {plain.get_input_embeddings().weight, plain.get_output_embeddings().weight}
+    for name, parameter in adapted.named_parameters():
+        is_peft_row = "trainable_tokens_delta" in name
+        if is_peft_row or (not isinstance(adapted, PeftModel) and parameter in whole):
+            yield name, parameter
+
+
+def _train_mix(
+    adapted: nn.Module, trainer: Callable[..., AlignTrainer], recipe: AlignRecipe, folder: Path
+) -> dict:
+    """The multi-task phase; leaves the best model in `adapted` and returns its history."""
+    mix = trainer(
+        "mix",
+        epochs=recipe.epochs,
+        lr=recipe.lr,
+        evaluations=recipe.evaluations,
+        max_steps=recipe.max_steps,
+    )
+    last = get_last_checkpoint(str(folder / ".mix")) if (folder / ".mix").exists() else None
+    start, released = None, None
+    if recipe.checkpoint and isinstance(adapted, PeftModel):
+        # The released checkpoint is a candidate too: a few steps may make it worse.
+        start = mix.rank_valid()
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        released = {name: value.detach().clone() for name, value in state.items()}
+        say(f"align: the checkpoint starts at validation N@10 {start['N@10']:.4f}")
+    result = mix.train(resume_from_checkpoint=last)
+    best = mix.state.best_metric
+    if start is not None and released is not None and (best is None or best < start["N@10"]):
+        say("align: no step was better on validation; the checkpoint stays as it was")
+        set_peft_model_state_dict(adapted, released)
+        best = start["N@10"]
+    return {
+        "valid_N@10": best,
+        "start": start,
+        "best_checkpoint_step": mix.state.best_global_step,
+        "train_seconds": result.metrics["train_runtime"],
+        "trained_tokens": mix._total_train_tokens,
+        "log": mix.state.log_history,
+    }
+
+
+def _save(
+    run: Path,
+    recipe: AlignRecipe,
+    folder: Path,
+    adapted: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    level_sizes: list[int],
+) -> None:
+    """Write the merged model folder and, for LoRA, a releasable checkpoint inside it."""
+    if isinstance(adapted, PeftModel):
+        checkpoint = folder / "checkpoint"
+        save_adapter(adapted, checkpoint)
+        for name in ("sids.parquet", "codebooks.safetensors"):
+            shutil.copyfile(run / "sids" / name, checkpoint / name)
+        adapted = adapted.merge_and_unload()
+    save_model_folder(
+        folder,
+        model=plain_model(adapted),
+        tokenizer=tokenizer,
+        settings=Settings("aligned", recipe.backbone, level_sizes, recipe.max_history),
+        dataset_folder=run / "dataset",
+        sids_folder=run / "sids",
+    )
+
+
+def main() -> None:
+    """The stage by itself, for `accelerate launch -m whyrec.train.align`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/ml-100k")
+    parser.add_argument("--recipe", type=Path, help="align.yaml; defaults without it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--force", action="store_true", help="run again even if nothing changed")
+    options = parser.parse_args()
+    recipe = load_recipe(AlignRecipe, options.recipe, options.set)
+    align(options.run, recipe, force=options.force)
+
+
+if __name__ == "__main__":
+    main()
