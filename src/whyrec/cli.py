@@ -1,6 +1,7 @@
 """The command line: parse, call, print. `whyrec COMMAND -h` tells each command's options."""
 
 import argparse
+import errno
 import json
 import shlex
 import sys
@@ -26,13 +27,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.call(options)
-    except (ValueError, OSError) as error:
-        print(f"whyrec: {error}", file=sys.stderr)
+    except Exception as error:
+        message = _sentence(error)
+        if message is None:
+            raise
+        print(f"whyrec: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("whyrec: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _sentence(error: Exception) -> str | None:
+    """What went wrong, on one line; None for a fault of ours, which needs its traceback."""
+    text = " ".join(str(error).split())
+    if _is_full_disk(error, text):
+        where = getattr(error, "filename", None)
+        return (
+            f"no room is left on the disk{f' to write {where}' if where else ''}; free some and "
+            "run the same command again, all that was finished before is as it was"
+        )
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no file or folder {error.filename}; check the path"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} may not be read or written; change its permissions"
+    return text if isinstance(error, ValueError | OSError) else None
+
+
+def _is_full_disk(error: Exception, text: str) -> bool:
+    """Rust and C++ writers (safetensors, torch.save) say it in words of their own."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    if type(error).__name__ == "SafetensorError":
+        return "No space left" in text or "File too large" in text or "quota exceeded" in text
+    return isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text
 
 
 def _parser() -> argparse.ArgumentParser:

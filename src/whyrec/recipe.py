@@ -35,7 +35,10 @@ def load_recipe(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override}: write it as key=value")
-        values[key.strip()] = yaml.safe_load(text)
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: the value is not valid YAML") from None
     hints = get_type_hints(cls)
     source = str(path) if path is not None else "the recipe"
     for key in values:

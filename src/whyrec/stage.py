@@ -76,6 +76,9 @@ def run_stage(
         return False
 
     is_main = processes is None or processes.is_main_process
+    old = output.with_name(f".{output.name}.old")
+    if is_main and old.exists() and not output.exists():
+        os.replace(old, output)  # a kill fell between the two renames below
     partial = output.with_name(f".{output.name}.partial")
     if is_main:
         resumable = keep_partial and not force and _identity(partial) == identity

@@ -44,6 +44,8 @@ def extend_vocabulary(
         raise ValueError(
             "this backbone's tokenizer holds SID tokens already; start from the plain backbone"
         )
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    pretrained = min(num_rows, len(tokenizer))
     # Non-special: TRL decodes with skip_special_tokens=True, which would delete special ones.
     tokenizer.add_tokens(
         [
@@ -53,14 +55,14 @@ def extend_vocabulary(
         ]
     )
     vocabulary = SidVocabulary.bind(tokenizer, level_sizes=level_sizes)
-    num_rows = model.get_input_embeddings().weight.shape[0]
-    pretrained = min(num_rows, vocabulary.first - len(MARKERS))
     if len(tokenizer) > num_rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
     generator = torch.Generator().manual_seed(seed)
-    new_markers = [i for i in tokenizer.convert_tokens_to_ids(list(MARKERS)) if i >= pretrained]
-    for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+    # Some backbones think already: their rows for `<think>` stay.
+    new_markers = tokenizer.convert_tokens_to_ids([m for m in MARKERS if m not in known])
+    # Not a set: its order, and so the rows of an untied head, would change from run to run.
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight_VD = module.weight.data
         old_VD = weight_VD[:pretrained].float().cpu()
         mean_D, spread = old_VD.mean(0), old_VD.std()

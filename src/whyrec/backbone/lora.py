@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -60,21 +61,38 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     config.base_model_name_or_path = path
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: Path, *, token_ids: Sequence[int]) -> PeftModel:
     """Put a saved adapter on a backbone whose vocabulary is extended; it stays trainable.
+
+    Args:
+        model: the backbone that the adapter was trained on.
+        folder: where `save_adapter` put it.
+        token_ids: the backbone's new rows; the adapter must hold these very rows.
 
     Raises:
         ValueError: when there is no adapter, or it does not fit this backbone.
     """
-    if not (folder / "adapter_model.safetensors").exists():
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
         raise ValueError(f"{folder} holds no adapter_model.safetensors; name a checkpoint folder")
     try:
+        saved = set(load_file(file))
+    except SafetensorError as error:
+        raise ValueError(f"the adapter {file} is damaged ({error}); copy it again") from error
+    misfit = ValueError(
+        f"the adapter in {folder} does not fit this backbone; use the backbone and the SID "
+        "levels that its model card names"
+    )
+    try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the adapter in {folder} does not fit this backbone; use the backbone and the SID "
-            "levels that its model card names"
-        ) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise misfit from error
+    # PEFT passes over layers that only one side has, and rows by other numbers.
+    rows = adapted.peft_config["default"].trainable_token_indices or {}
+    if saved != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) or any(
+        list(ids) != list(token_ids) for ids in rows.values()
+    ):
+        raise misfit
     return adapted.float() if next(model.parameters()).dtype == torch.float32 else adapted
 
 

@@ -68,6 +68,25 @@ def make_card(
     }
 
 
+def summary_lines(card: dict) -> list[str]:
+    """What a person wants to know of a card at once."""
+    before, after, rows = card["before"], card["after"], card["item_rows"]
+    lines = [
+        f"{after['events']:,} events by {after['users']:,} users on {after['items']:,} items "
+        f"({before['events']:,} by {before['users']:,} on {before['items']:,} as read)",
+        ", ".join(f"{count:,} {name}" for name, count in card["splits"].items() if count),
+    ]
+    if rows["duplicate"]:
+        lines.append(
+            f"{rows['duplicate']:,} item rows repeat an id ({rows['conflicting']:,} with other "
+            "texts); the first of each was kept"
+        )
+    for role, bad in card["bad_rows"].items():
+        if bad["total"]:
+            lines.append(f"{bad['total']:,} bad rows in the {role}; the first is {bad['first'][0]}")
+    return lines
+
+
 def _quantiles(counts: np.ndarray) -> dict[str, float]:
     # "lower" takes a value that occurs, so no rounding can differ between machines.
     found = {name: int(np.quantile(counts, q, method="lower")) for name, q in _QUANTILES.items()}

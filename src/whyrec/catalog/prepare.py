@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from whyrec.catalog import readers, splits
-from whyrec.catalog.card import Events, make_card
+from whyrec.catalog.card import Events, make_card, summary_lines
 from whyrec.catalog.dataset import SPLITS, Item, write_items, write_table
 from whyrec.catalog.kcore import k_core
 from whyrec.catalog.raw import Log, RawData
@@ -83,6 +83,9 @@ def prepare(run: Path, recipe: PrepareRecipe, *, force: bool = False) -> None:
             key: value for key, value in asdict(recipe).items() if key not in ("source", "format")
         }
         write_json(folder / "card.json", card)
+        print(f"prepare: {run / 'dataset'}")
+        for line in summary_lines(card):
+            print(f"  {line}")
         return {"before": card["before"], "after": card["after"]}
 
     inputs = {"log": files.log} | ({"items": files.items} if files.items else {})

@@ -5,14 +5,15 @@ seen them, but its codes have meaning, so a new item is recommended where its ne
 """
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import torch
 
-from whyrec.catalog.dataset import read_items, write_items
+from whyrec.backbone.load import load_backbone
+from whyrec.catalog.dataset import Item, read_items, write_items
 from whyrec.catalog.readers.tables import Columns, read_item_table
-from whyrec.decode.model_folder import CATALOGUE_FILES, SETTINGS_FILE
+from whyrec.decode.model_folder import ADDED, SETTINGS_FILE, catalogue_file
 from whyrec.sid.index import encode_new_items, read_sids, write_sids
 from whyrec.sid.trie import Trie
 
@@ -31,32 +32,64 @@ def add_items(folder: Path, items_file: Path) -> int:
     """
     if not (folder / SETTINGS_FILE).exists():
         raise ValueError(f"{folder} is not a WhyRec model folder; name one that `align` wrote")
-    items = read_items(folder / "items.parquet")
-    new_items = list(read_item_table(items_file, Columns()).items.values())
-    known = {item.item_id for item in items}
-    twice = [item.item_id for item in new_items if item.item_id in known]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} of the items are in the catalogue already, {twice[0]!r} for one; "
-            "leave them out, SIDs once given do not change"
-        )
-    codes_NL = read_sids(folder / "sids.parquet", [item.item_id for item in items])
+    items = read_items(catalogue_file(folder, "items.parquet"))
+    new_items = _new_items(items_file, known={item.item_id for item in items})
+    codes_NL = read_sids(catalogue_file(folder, "sids.parquet"), [item.item_id for item in items])
     new_codes_ML = encode_new_items(
         new_items,
         codes_NL,
         embeddings=folder / "embeddings.safetensors",
         codebooks=folder / "codebooks.safetensors",
+        load_backbone=load_backbone,
     )
     everything = [*items, *new_items]
     codes_NL = torch.cat([codes_NL, new_codes_ML])
-    level_sizes = Trie.load(folder / "trie.safetensors").level_sizes
-    # All files are whole before the first one is renamed.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as name:
-        scratch = Path(name)
+    level_sizes = Trie.load(catalogue_file(folder, "trie.safetensors")).level_sizes
+    scratch = folder / ".adding"
+    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+    scratch.mkdir()
+    try:
         write_items(scratch / "items.parquet", everything)
         write_sids(scratch / "sids.parquet", [item.item_id for item in everything], codes_NL)
         Trie.build(codes_NL, level_sizes=level_sizes).save(scratch / "trie.safetensors")
-        for file in ("items.parquet", *CATALOGUE_FILES):
-            if (scratch / file).exists():
-                os.replace(scratch / file, folder / file)
+        _move_added(folder)
+        # One rename decides: before it the old catalogue counts, after it the new one.
+        os.replace(scratch, folder / ADDED)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _move_added(folder)
     return len(new_items)
+
+
+def _new_items(items_file: Path, *, known: set[str]) -> list[Item]:
+    """The items of the table; every row must be good, for an item given a SID keeps it."""
+    catalogue = read_item_table(items_file, Columns())
+    if catalogue.bad.total:
+        raise ValueError(
+            f"{catalogue.bad.total} rows of {items_file} cannot be read, the first is "
+            f"{catalogue.bad.first[0]}; mend them or take them out"
+        )
+    if catalogue.duplicates:
+        raise ValueError(
+            f"{catalogue.duplicates} rows of {items_file} repeat the item id of an earlier row; "
+            "keep one row an item"
+        )
+    if not catalogue.items:
+        raise ValueError(f"{items_file} holds no items; give a table with at least one row")
+    twice = [item_id for item_id in catalogue.items if item_id in known]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} of the items are in the catalogue already, {twice[0]!r} for one; "
+            "leave them out, SIDs once given do not change"
+        )
+    return list(catalogue.items.values())
+
+
+def _move_added(folder: Path) -> None:
+    """Move finished files from `.added` to their places; again, if an earlier try was killed."""
+    added = folder / ADDED
+    if not added.exists():
+        return
+    for path in added.iterdir():
+        os.replace(path, folder / path.name)
+    added.rmdir()

@@ -25,6 +25,8 @@ from whyrec.sid.vocabulary import SidVocabulary
 from whyrec.stage import write_json
 
 SETTINGS_FILE = "whyrec.json"
+# A folder of catalogue files that `add-items` finished but was killed before it moved them all.
+ADDED = ".added"
 CATALOGUE_FILES = (
     "sids.parquet",
     "codebooks.safetensors",
@@ -103,12 +105,12 @@ def load_model_folder(
             f"{folder} is not a WhyRec model folder (no {SETTINGS_FILE}); "
             "name a folder that `whyrec align` wrote, such as runs/NAME/model/aligned"
         )
-    settings = Settings(**json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
+    settings = _read_settings(folder / SETTINGS_FILE)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    items = read_items(folder / "items.parquet")
-    codes_NL = read_sids(folder / "sids.parquet", [item.item_id for item in items])
-    trie = Trie.load(folder / "trie.safetensors")
+    items = read_items(catalogue_file(folder, "items.parquet"))
+    codes_NL = read_sids(catalogue_file(folder, "sids.parquet"), [item.item_id for item in items])
+    trie = Trie.load(catalogue_file(folder, "trie.safetensors"))
     if trie.num_items != len(items) or list(trie.level_sizes) != settings.level_sizes:
         raise ValueError(
             f"the trie in {folder} holds {trie.num_items} items and the catalogue {len(items)}: "
@@ -124,3 +126,19 @@ def load_model_folder(
     )
     model = model.to(device).eval()  # type: ignore[arg-type]
     return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)
+
+
+def catalogue_file(folder: Path, name: str) -> Path:
+    """Where a catalogue file of a model folder lies: what was added last counts."""
+    added = folder / ADDED / name
+    return added if added.exists() else folder / name
+
+
+def _read_settings(path: Path) -> Settings:
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version of WhyRec ({error}); "
+            "copy the model folder again, or train it again"
+        ) from None

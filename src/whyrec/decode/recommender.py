@@ -127,10 +127,14 @@ class Recommender:
         Raises:
             ValueError: for an unknown id, with the nearest known ones.
         """
+        if isinstance(item_ids, str):
+            raise ValueError(f"give item ids as a list, [{item_ids!r}], not as one text")
         for item_id in item_ids:
             if item_id not in self._index:
-                near = ", ".join(nearest_ids(item_id, self._index))
-                raise ValueError(f"unknown item {item_id!r}; the nearest known ids are {near}")
+                near = nearest_ids(str(item_id), self._index)
+                known = ", ".join(near or list(self._index)[:3])
+                what = "the nearest known ids are" if near else "known ids are like"
+                raise ValueError(f"unknown item {item_id!r}; {what} {known}")
         return [self._index[item_id] for item_id in item_ids]
 
     def _recommendation(self, item: int, score: float) -> Recommendation:

@@ -53,6 +53,8 @@ def evaluate(
     Raises:
         ValueError: when the model belongs to another catalogue, or the split holds nothing.
     """
+    if beams < 10:
+        raise ValueError(f"beams must be at least 10, for metrics at 10, not {beams}")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     dataset = Dataset.load(run / "dataset")
     examples = dataset.examples(split)  # type: ignore[arg-type]

@@ -88,6 +88,11 @@ def index(
             catalogue.
     """
     _check(recipe)
+    if not (run / "dataset" / "items.parquet").exists():
+        raise ValueError(
+            f"{run / 'dataset'} is missing or incomplete; "
+            f"run `whyrec prepare SOURCE --run {run}` first"
+        )
     inputs = {"dataset": run / "dataset"}
     if recipe.checkpoint:
         for name in ("sids.parquet", "codebooks.safetensors"):

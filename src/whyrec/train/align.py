@@ -11,6 +11,7 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
 
 import argparse
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,8 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
@@ -112,6 +114,8 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     Raises:
         ValueError: when an earlier stage is missing, or the checkpoint belongs to other SIDs.
     """
+    if recipe.beam_width < 10:
+        raise ValueError(f"beam_width must be at least 10, for N@10, not {recipe.beam_width}")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     read_stage(run / "sids", made_by=f"whyrec index --run {run}")
     checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else None
@@ -131,8 +135,13 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         inputs=inputs,
         force=force,
         keep_partial=True,
-        processes=PartialState(),
+        processes=_processes(),
     )
+
+
+def _processes() -> PartialState:
+    """This process among all of the run; without a GPU accelerate must be told to look for any."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_checkpoint(checkpoint: Path, sids_folder: Path) -> None:
@@ -152,7 +161,7 @@ def check_checkpoint(checkpoint: Path, sids_folder: Path) -> None:
 
 def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     torch.manual_seed(recipe.seed)
-    processes = PartialState()
+    processes = _processes()
     dataset = Dataset.load(run / "dataset")
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
     trie = Trie.load(run / "sids" / "trie.safetensors")
@@ -226,7 +235,7 @@ def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: Align
 def _adapted(model: PreTrainedModel, recipe: AlignRecipe, *, token_ids: list[int]) -> nn.Module:
     """The model that trains: with the checkpoint's adapter, with a fresh one, or as it is."""
     if recipe.checkpoint:
-        return load_adapter(model, Path(recipe.checkpoint))
+        return load_adapter(model, Path(recipe.checkpoint), token_ids=token_ids)
     if recipe.lora_rank == 0:
         return model
     return add_lora(
@@ -248,7 +257,7 @@ def _arguments(
     max_steps: int = 0,
 ) -> SFTConfig:
     """TRL's configuration of one phase; the global batch is the same on any number of processes."""
-    processes = PartialState().num_processes
+    processes = _processes().num_processes
     share = max(recipe.batch_size // processes, 1)
     if share * processes != recipe.batch_size:
         raise ValueError(
@@ -313,13 +322,15 @@ def _warm_up(
     if not isinstance(adapted, PeftModel):
         hooks = [p.register_hook(partial(_keep_rows, token_ids=token_ids)) for p in rows.values()]
     warm = trainer("warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0)
+    if warm.is_fsdp_enabled:
+        warm.add_callback(_KeepRowsSharded(set(rows), token_ids))
     warm.args.weight_decay = 0.0  # decay would move the old rows too
     warm.train()
     for hook in hooks:
         hook.remove()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(name in trainable)
-    if PartialState().is_main_process:
+    if _processes().is_main_process:
         temporary = done.with_suffix(".tmp")
         save_file({name: p.detach().cpu().contiguous() for name, p in rows.items()}, temporary)
         temporary.replace(done)
@@ -329,6 +340,22 @@ def _keep_rows(gradient_VD: Tensor, *, token_ids: list[int]) -> Tensor:
     kept_VD = torch.zeros_like(gradient_VD)
     kept_VD[token_ids] = gradient_VD[token_ids]
     return kept_VD
+
+
+class _KeepRowsSharded(TrainerCallback):
+    """`_keep_rows` under FSDP2, which makes parameters, and so their hooks, anew."""
+
+    def __init__(self, names: set[str], token_ids: list[int]) -> None:
+        self.names, self.token_ids = names, token_ids
+
+    def on_train_begin(self, *_: object, model: nn.Module, **__: object) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.names:
+                assert isinstance(parameter, DTensor)
+                kept_V1 = torch.zeros(len(parameter), 1, device=parameter.device)
+                kept_V1[self.token_ids] = 1.0
+                mask = distribute_tensor(kept_V1, parameter.device_mesh, parameter.placements)
+                parameter.register_post_accumulate_grad_hook(lambda p, m=mask: p.grad.mul_(m))
 
 
 def _row_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -409,8 +436,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run again even if nothing changed")
     options = parser.parse_args()
-    recipe = load_recipe(AlignRecipe, options.recipe, options.set)
-    align(options.run, recipe, force=options.force)
+    try:
+        recipe = load_recipe(AlignRecipe, options.recipe, options.set)
+        align(options.run, recipe, force=options.force)
+    except (ValueError, OSError) as error:
+        say(f"whyrec: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

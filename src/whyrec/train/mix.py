@@ -123,10 +123,11 @@ class AlignmentMix:
             if len(sequence) <= window:
                 plan.append(("sequence", user, 0))
                 continue
-            # The first window may begin before the first event and is then shorter.
-            first = int(rng.integers(1, window)) - window
-            starts = range(first, len(sequence) - 1, window)
-            plan += [("sequence", user, s) for s in starts if min(s + window, len(sequence)) >= 2]
+            # The first window may begin before the first event and is then shorter; one that would
+            # hold the last event alone begins one event earlier, so that every event is a target.
+            first = int(rng.integers(2, window + 1)) - window
+            starts = range(first, len(sequence), window)
+            plan += [("sequence", user, min(start, len(sequence) - 2)) for start in starts]
         num_items = len(self._texts)
         captioned = round(self.sizes.captions * num_items)
         for task in ("caption", "lookup"):

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer with our loss, our order of examples, and ranking as its evaluation."""
 
+import copy
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +12,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from whyrec.backbone.lora import plain_model
@@ -52,6 +57,16 @@ class AlignTrainer(SFTTrainer):
         beam_width: int,
         max_history: int,
     ) -> None:
+        # FSDP2 shards a model in place. A copy is sharded instead: `model`, the caller's, stays
+        # whole for ranking and saving, and has the trained weights after every `train`.
+        self.whole = model
+        if _launched_with_fsdp():
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "FSDP cannot shard LoRA's trainable token rows; set lora_rank: 0, or launch "
+                    "with recipes/accelerate/gpus.yaml, which keeps the weights whole"
+                )
+            model = copy.deepcopy(model.to("cpu"))
         pad_id = encoder.tokenizer.pad_token_id
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         rows = Dataset.from_dict({"index": range(len(mix))})
@@ -106,7 +121,8 @@ class AlignTrainer(SFTTrainer):
 
     def rank_valid(self) -> dict[str, float]:
         """Mean validation metrics; each process ranks its share of the users."""
-        model = plain_model(self.accelerator.unwrap_model(self.model))
+        self._gather()
+        model = plain_model(self.whole).to(self.args.device)
         was_training = model.training
         model.eval()
         decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.sid_loss.trie)
@@ -121,6 +137,8 @@ class AlignTrainer(SFTTrainer):
                 progress="validation" if self.accelerator.is_main_process else "",
             )
         model.train(was_training)
+        if _launched_with_fsdp():
+            model.to("cpu")  # a whole model beside its shards would fill the GPU
         metrics = ranking_metrics(ranking.items_EW, self.valid.targets_E[mine], cutoffs=(5, 10))
         rows = zip(
             *(metrics[name].tolist() for name in ("R@5", "R@10", "N@5", "N@10")), strict=True
@@ -128,6 +146,21 @@ class AlignTrainer(SFTTrainer):
         everyone = np.asarray(gather_object(list(rows)))
         means = everyone.mean(0).tolist()
         return dict(zip(("R@5", "R@10", "N@5", "N@10"), means, strict=True))
+
+    def train(self, *arguments: object, **settings: object) -> TrainOutput:
+        result = super().train(*arguments, **settings)
+        self._gather()
+        return result
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Copy the weights of all shards into the whole model; every process must call it."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the last layers stay gathered after a forward pass, in bf16
+        for whole, shard in zip(self.whole.parameters(), self.model.parameters(), strict=True):
+            if isinstance(shard, DTensor):
+                whole.copy_(shard.full_tensor())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # PEFT would add the whole embedding, since its size differs from the backbone's.
@@ -141,6 +174,10 @@ class AlignTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         Trainer._save_checkpoint(self, model, trial)  # TRL's would write a model card each time
+
+
+def _launched_with_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def say(message: str) -> None:

@@ -1,0 +1,61 @@
+# make demo    the main job on MovieLens-100K, from raw files to recommended films (CPU, 15 minutes)
+# make test    linter, formatter, types, tests
+# make beauty  the Amazon Beauty recipe: make beauty SOURCE=folder-with-the-downloaded-files (GPU)
+#
+# FROM_SCRATCH=1 makes the demo train the whole line instead of starting from the released
+# checkpoint: minutes on a GPU, hours on a CPU.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WHYREC := .venv/bin/whyrec
+
+RECIPES := recipes/ml-100k
+CHECKPOINT := data/checkpoints/ml-100k
+ifdef FROM_SCRATCH
+RUN := runs/ml-100k-scratch
+else
+RUN := runs/ml-100k
+INDEX_FROM := --set checkpoint=$(CHECKPOINT)
+# A few real steps from the checkpoint; they are kept only if validation gets no worse.
+ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
+	--set evaluations=1 --set valid_users=64 --set replays=4 --set replay_tokens=24
+endif
+MODEL := $(RUN)/model/aligned
+
+.PHONY: demo test lint beauty bench clean
+
+demo: .venv/ready
+	$(WHYREC) prepare ml-100k --run $(RUN)
+	$(WHYREC) index --run $(RUN) --recipe $(RECIPES)/index.yaml $(INDEX_FROM)
+	$(WHYREC) align --run $(RUN) --recipe $(RECIPES)/align.yaml $(ALIGN_FROM)
+	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml
+	$(WHYREC) recommend $(MODEL) --run $(RUN) --user 1 --user 2 --user 3
+
+test: lint
+	.venv/bin/python -m pytest -n 2
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python -m whyrec.evaluation.tables README.md --check
+
+beauty: .venv/ready
+	$(WHYREC) prepare $(SOURCE) --run runs/beauty
+	$(WHYREC) index --run runs/beauty --recipe recipes/beauty/index.yaml
+	$(WHYREC) align --run runs/beauty --recipe recipes/beauty/align.yaml
+	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --sasrec recipes/beauty/sasrec.yaml
+
+bench: .venv/ready
+	.venv/bin/python eval/bench/trie.py
+	.venv/bin/python eval/bench/beam.py
+
+# torch by itself first: the other packages' ranges then accept the build that is there.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet '$(TORCH)'
+	.venv/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

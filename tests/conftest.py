@@ -1,0 +1,193 @@
+"""Shared fixtures: tiny random models, the packaged tokenizer, a small run folder.
+
+The tiny catalogue has a planted pattern: item n is always followed by item n + 1, so that a model
+that learns anything at all ranks the next item first.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown name must fail at once, network or not
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from whyrec.backbone.extend import extend_vocabulary
+from whyrec.backbone.load import packaged_backbone
+from whyrec.catalog.dataset import Dataset
+from whyrec.catalog.prepare import PrepareRecipe, prepare
+from whyrec.prompting.encoder import PromptEncoder
+from whyrec.sid import index as index_module
+from whyrec.sid.index import IndexRecipe, index
+from whyrec.sid.trie import Trie
+from whyrec.sid.vocabulary import SidVocabulary
+
+torch.set_num_threads(1)
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+NUM_ITEMS, NUM_USERS, LEVEL_SIZES = 30, 24, (4, 4, 4)
+
+
+def make_model(
+    kind: str = "llama", *, vocab_size: int, tied: bool = True, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
+    """A tiny random model with grouped heads, of weights large enough to tell tokens apart."""
+    config_class, model_class = ARCHITECTURES[kind]
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config = config_class(vocab_size=vocab_size, tie_word_embeddings=tied, **(sizes | settings))
+    torch.manual_seed(seed)
+    return model_class(config).eval()
+
+
+def make_codes(level_sizes: tuple[int, ...], *, num_items: int, seed: int) -> Tensor:
+    """Codes [N, L] of a random catalogue; fewer items where the space is smaller."""
+    space = int(np.prod(level_sizes))
+    chosen = np.random.default_rng(seed).permutation(space)[:num_items]
+    return torch.from_numpy(np.stack(np.unravel_index(chosen, level_sizes), axis=1))
+
+
+def make_vocabulary(level_sizes: tuple[int, ...], *, first: int = 8) -> SidVocabulary:
+    """SID tokens behind `first` text tokens, without a tokenizer."""
+    offsets = tuple(first + sum(level_sizes[:level]) for level in range(len(level_sizes)))
+    return SidVocabulary(level_sizes, offsets, begin=1, end=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The packaged SmolLM2 tokenizer; copy it before changing it."""
+    return AutoTokenizer.from_pretrained(packaged_backbone())
+
+
+@pytest.fixture(scope="session")
+def make_backbone(
+    tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A function that writes a tiny random backbone with the packaged tokenizer."""
+
+    def make(kind: str = "llama", **settings: Any) -> Path:
+        folder = tmp_path_factory.mktemp("backbones") / "tiny"
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "head_dim": 8,
+            "initializer_range": 0.1,
+        } | settings
+        model = make_model(kind, vocab_size=len(tokenizer), **(sizes | settings))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone(make_backbone: Callable[..., Path]) -> Path:
+    """A tiny Llama with tied head."""
+    return make_backbone()
+
+
+def text_vectors(texts: list[str], **_: object) -> Tensor:
+    """Unit vectors that depend on the text alone, in place of a language model's."""
+    generators = [torch.Generator().manual_seed(sum(map(ord, text))) for text in texts]
+    vectors_ND = torch.stack([torch.randn(8, generator=g) for g in generators])
+    return torch.nn.functional.normalize(vectors_ND, dim=1)
+
+
+def make_run(run: Path, *, num_items: int = NUM_ITEMS, shift: int = 1) -> Path:
+    """A run folder with `dataset` and `sids`: item n is followed by item n + shift, round a ring.
+
+    Every user has 10 to 13 events, of which the last two are test and valid.
+    """
+    raw = run.with_name(f"{run.name}-raw")
+    raw.mkdir(parents=True)
+    names = [f"item{n:03d}" for n in range(num_items)]
+    with (raw / "sequential_data.txt").open("w") as file:
+        for user in range(NUM_USERS):
+            walk = [names[(user * 7 + shift * step) % num_items] for step in range(10 + user % 4)]
+            file.write(" ".join([f"u{user:02d}", *walk]) + "\n")
+    with (raw / "items.jsonl").open("w") as file:
+        for n, name in enumerate(names):
+            row = {"item_id": name, "title": f"Film {n}", "categories": [f"Genre {n % 5}"]}
+            file.write(json.dumps(row) + "\n")
+    prepare(run, PrepareRecipe(source=str(raw), format="sequences", k_core=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "embed_texts", text_vectors)
+        index(run, IndexRecipe(level_sizes=LEVEL_SIZES, collaborative_dim=0, iterations=5))
+    return run
+
+
+@pytest.fixture(scope="session")
+def prepared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished `dataset` and `sids`; not to be changed."""
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def run(prepared_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run folder that a test may change."""
+    shutil.copytree(prepared_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@dataclass(frozen=True, repr=False)  # hypothesis prints what it was given
+class Extended:
+    """The tiny run's catalogue bound to an extended tiny backbone."""
+
+    dataset: Dataset
+    codes_NL: Tensor
+    trie: Trie
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: SidVocabulary
+    encoder: PromptEncoder
+
+
+@pytest.fixture(scope="session")
+def extended(prepared_run: Path, tokenizer: PreTrainedTokenizerBase) -> Extended:
+    """Catalogue, extended model and encoder; not to be changed."""
+    dataset = Dataset.load(prepared_run / "dataset")
+    item_ids = [item.item_id for item in dataset.items]
+    codes_NL = index_module.read_sids(prepared_run / "sids" / "sids.parquet", item_ids)
+    trie = Trie.load(prepared_run / "sids" / "trie.safetensors")
+    tokenizer = copy.deepcopy(tokenizer)
+    model = make_model(vocab_size=len(tokenizer))
+    vocabulary = extend_vocabulary(model, tokenizer, level_sizes=LEVEL_SIZES)
+    encoder = PromptEncoder(tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist())
+    return Extended(dataset, codes_NL, trie, model, tokenizer, vocabulary, encoder)

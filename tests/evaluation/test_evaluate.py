@@ -1,0 +1,226 @@
+"""`evaluate`: its figures are those of scoring every item, one by one, with the plain model."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import LEVEL_SIZES, NUM_ITEMS, NUM_USERS, make_run
+from whyrec.catalog.prepare import PrepareRecipe, prepare
+from whyrec.decode.model_folder import Settings, save_model_folder
+from whyrec.evaluation.evaluate import evaluate, figures_table
+from whyrec.evaluation.results import read_results
+from whyrec.evaluation.sasrec import SasrecRecipe
+from whyrec.stage import fingerprint, run_stage
+
+MAX_HISTORY = 6  # shorter than the histories, so that cutting is tested too
+SASREC = SasrecRecipe(dim=8, layers=1, heads=1, max_length=8, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def finished(extended, prepared_run, tmp_path_factory) -> Path:
+    """A run with a model of random weights; not to be changed."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(prepared_run, run)
+
+    def build(folder: Path) -> None:
+        save_model_folder(
+            folder,
+            model=copy.deepcopy(extended.model),
+            tokenizer=extended.tokenizer,
+            settings=Settings("aligned", "tiny", list(LEVEL_SIZES), MAX_HISTORY),
+            dataset_folder=run / "dataset",
+            sids_folder=run / "sids",
+        )
+
+    run_stage(
+        run / "model" / "aligned",
+        build,
+        stage="align",
+        config={"seed": 7},
+        inputs={"sids": run / "sids"},
+    )
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@torch.no_grad()
+def brute_force_scores(extended, history: list[int]) -> np.ndarray:
+    """log p of every item's SID, each code renormalised over the codes that go on legally."""
+    prompt = extended.encoder.recommendation_prompt(history[-MAX_HISTORY:])
+    codes = extended.codes_NL.tolist()
+    tokens = [extended.vocabulary.encode(sid) for sid in codes]
+    ids = torch.tensor([[*prompt, *sid] for sid in tokens])
+    logits_NTV = extended.model(ids).logits
+    scores = []
+    for n, sid in enumerate(codes):
+        total = 0.0
+        for level, code in enumerate(sid):
+            legal = sorted({other[level] for other in codes if other[:level] == sid[:level]})
+            row = [extended.vocabulary.offsets[level] + other for other in legal]
+            log_probs = logits_NTV[n, len(prompt) - 1 + level, row].log_softmax(0)
+            total += float(log_probs[legal.index(code)])
+        scores.append(total)
+    return np.array(scores)
+
+
+def brute_force_ranks(extended, examples, *, exclude: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each target (0: it cannot come) and the first ten items of each user."""
+    ranks, tops = [], []
+    for history, target in zip(examples.histories, examples.targets_E, strict=True):
+        scores = brute_force_scores(extended, history.tolist())
+        if exclude:
+            scores[np.unique(history)] = -np.inf
+        order = [n for n in np.argsort(-scores) if np.isfinite(scores[n])]
+        ranks.append(order.index(target) + 1 if target in order else 0)
+        tops.append(order[:10])
+    return np.array(ranks), np.array(tops)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_figures_equal_brute_force(run, extended, split) -> None:
+    figures = evaluate(run / "model" / "aligned", run, split=split, beams=NUM_ITEMS + 3)
+    examples = extended.dataset.examples(split)
+    for history, exclude in (("excluded", True), ("kept", False)):
+        ranks_E, tops_E10 = brute_force_ranks(extended, examples, exclude=exclude)
+        found = {k.split("/")[-1]: v for k, v in figures.items() if f"/{history}/" in k}
+        prefix = f"whyrec/{split}/{history}"
+        for k in (5, 10, 20):
+            hit_E = (ranks_E > 0) & (ranks_E <= k)
+            gain_E = np.where(hit_E, 1 / np.log2(np.maximum(ranks_E, 1) + 1), 0)
+            assert figures[f"{prefix}/R@{k}"] == pytest.approx(hit_E.mean())
+            assert figures[f"{prefix}/N@{k}"] == pytest.approx(gain_E.mean())
+            reciprocal_E = np.where(hit_E, 1 / np.maximum(ranks_E, 1), 0)
+            assert figures[f"{prefix}/MRR@{k}"] == pytest.approx(reciprocal_E.mean())
+        shown = np.unique(tops_E10)
+        assert figures[f"{prefix}/coverage"] == pytest.approx(len(shown) / NUM_ITEMS)
+        assert 0 < found["gini"] < 1
+        for name in ("R@10", "N@10", "MRR", "coverage", "gini", "legal"):
+            low, high = figures[f"{prefix}/{name}/low"], figures[f"{prefix}/{name}/high"]
+            assert low <= figures[f"{prefix}/{name}"] <= high
+
+
+def test_a_narrow_beam_is_wide_enough_to_be_exact_here(run) -> None:
+    """All legal continuations of 30 items over 4 x 4 prefixes fit into 16 beams."""
+    narrow = evaluate(run / "model" / "aligned", run, split="test", beams=20)
+    wide = evaluate(run / "model" / "aligned", run, split="test", beams=NUM_ITEMS)
+    for name in ("R@10", "N@10", "coverage", "gini"):
+        assert narrow[f"whyrec/test/kept/{name}"] == wide[f"whyrec/test/kept/{name}"]
+
+
+def test_the_record(run, tmp_path) -> None:
+    figures = evaluate(
+        run / "model" / "aligned",
+        run,
+        split="test",
+        beams=20,
+        sasrec_recipe=SASREC,
+        command="whyrec evaluate X --run Y",
+        json_path=tmp_path / "results" / "new" / "seed-7.json",
+    )
+    (entry,) = read_results(tmp_path / "results" / "new")
+    assert entry["figures"] == figures
+    assert entry["command"] == "whyrec evaluate X --run Y" and entry["seed"] == 7
+    assert entry["name"] == "run test" and entry["data_sha256"] == fingerprint(run / "dataset")
+    assert list(entry) == [
+        *("name", "command", "commit", "date", "device", "seed", "versions"),
+        *("data_sha256", "figures"),
+    ]
+    in_run = json.loads((run / "eval" / "results.json").read_text())
+    assert in_run["figures"] == figures
+    models = {key.split("/")[0] for key in figures}
+    assert models == {"whyrec", "popularity", "co-visitation", "sasrec"}
+    for model in models:
+        for history in ("excluded", "kept"):
+            for metric in ("R@5", "R@10", "N@5", "N@10", "MRR", "coverage", "gini", "legal"):
+                for key in (metric, f"{metric}/low", f"{metric}/high"):
+                    assert 0 <= figures[f"{model}/test/{history}/{key}"] <= 1
+    table = figures_table(figures)
+    for model in models:
+        assert table.count(f"\n{model} ") == 4  # two histories, figures and intervals
+    assert f"{figures['sasrec/test/kept/N@10']:.4f}" in table
+
+
+def test_popularity_is_what_counting_gives(run, extended) -> None:
+    figures = evaluate(
+        run / "model" / "aligned", run, split="test", beams=20, sasrec_recipe=SASREC
+    )
+    dataset = extended.dataset
+    counts = np.bincount(np.concatenate(dataset.training_sequences()), minlength=NUM_ITEMS)
+    hits = []
+    for history, target in zip(*_test_events(dataset), strict=True):
+        allowed = [n for n in range(NUM_ITEMS) if n not in history]
+        best = sorted(allowed, key=lambda n: (-counts[n], n))[:10]
+        hits.append(target in best)
+    assert figures["popularity/test/excluded/R@10"] == pytest.approx(np.mean(hits))
+
+
+def _test_events(dataset) -> tuple[list, list]:
+    examples = dataset.examples("test")
+    return examples.histories, examples.targets_E.tolist()
+
+
+def test_baselines_are_kept_and_made_anew_for_other_users(run, capsys) -> None:
+    model = run / "model" / "aligned"
+    first = evaluate(model, run, split="test", beams=20, sasrec_recipe=SASREC)
+    assert "baselines: unchanged" not in capsys.readouterr().err
+    assert evaluate(model, run, split="test", beams=20, sasrec_recipe=SASREC) == first
+    assert "baselines: unchanged" in capsys.readouterr().err
+    few = evaluate(model, run, split="test", beams=20, users=6, sasrec_recipe=SASREC)
+    assert "baselines: unchanged" not in capsys.readouterr().err
+    assert few.keys() == first.keys() and few != first
+
+
+def test_a_subset_of_the_users_is_fixed(run, extended) -> None:
+    model = run / "model" / "aligned"
+    few = evaluate(model, run, split="test", beams=NUM_ITEMS, users=6)
+    assert few == evaluate(model, run, split="test", beams=NUM_ITEMS, users=6)
+    examples = extended.dataset.examples("test").take(6, seed=0)
+    ranks_E, _ = brute_force_ranks(extended, examples, exclude=False)
+    expected = ((ranks_E > 0) & (ranks_E <= 10)).mean()
+    assert few["whyrec/test/kept/R@10"] == pytest.approx(expected)
+    everybody = evaluate(model, run, split="test", beams=NUM_ITEMS)
+    assert evaluate(model, run, split="test", beams=NUM_ITEMS, users=10_000) == everybody
+    assert len(extended.dataset.examples("test")) == NUM_USERS
+
+
+def test_a_model_of_another_catalogue_is_refused(run, tmp_path) -> None:
+    other = make_run(tmp_path / "other", num_items=NUM_ITEMS - 3)
+    with pytest.raises(ValueError, match="30 items and .* 27: .*different catalogues"):
+        evaluate(run / "model" / "aligned", other, split="test", beams=20)
+    assert not (other / "eval").exists()
+
+
+def test_an_empty_split_is_refused(run, tmp_path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id\na,x\na,y\nb,x\nb,y\n")
+    prepare(tmp_path / "short", PrepareRecipe(source=str(tmp_path / "log.csv"), k_core=0))
+    with pytest.raises(ValueError, match="the test split of .* holds no users; prepare"):
+        evaluate(run / "model" / "aligned", tmp_path / "short", split="test", beams=20)
+
+
+def test_an_unfinished_run_is_refused(run, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"missing or incomplete; run `whyrec prepare SOURCE"):
+        evaluate(run / "model" / "aligned", tmp_path / "nothing", split="test", beams=20)
+    (run / "dataset" / "stage.json").unlink()
+    with pytest.raises(ValueError, match="missing or incomplete"):
+        evaluate(run / "model" / "aligned", run, split="test", beams=20)
+
+
+def test_too_few_beams_are_refused_at_once(run) -> None:
+    with pytest.raises(ValueError, match="beams must be at least 10"):
+        evaluate(run / "model" / "aligned", run, split="test", beams=9)
+
+
+def test_a_model_without_its_history_has_seed_0(run, capsys) -> None:
+    (run / "model" / "aligned" / "stage.json").unlink()
+    evaluate(run / "model" / "aligned", run, split="test", beams=20)
+    assert "its seed is recorded as 0" in capsys.readouterr().err
+    assert json.loads((run / "eval" / "results.json").read_text())["seed"] == 0

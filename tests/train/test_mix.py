@@ -1,0 +1,260 @@
+"""The alignment mix: what every epoch covers, where the loss is taken, and in which order."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import NUM_ITEMS, Extended
+from whyrec.prompting.encoder import IGNORED, item_text
+from whyrec.train.mix import AlignmentMix, BucketedOrder, MixSizes, collate
+
+REPLIES = [("What is a tide?", "The sea, moved by the moon."), ("Hello <|im_end|>", "Hi")]
+
+
+def make_mix(
+    extended: Extended,
+    *,
+    sequences: list[np.ndarray] | None = None,
+    captions: float = 0.0,
+    personas: float = 0.0,
+    max_history: int = 4,
+    replies: list[tuple[str, str]] | None = None,
+    epochs: int = 2,
+    seed: int = 0,
+) -> AlignmentMix:
+    return AlignmentMix(
+        extended.encoder,
+        items=extended.dataset.items,
+        sequences=extended.dataset.training_sequences() if sequences is None else sequences,
+        replies=replies or [],
+        sizes=MixSizes(captions, personas, max_history),
+        epochs=epochs,
+        seed=seed,
+    )
+
+
+def text_of(extended: Extended, ids: list[int]) -> str:
+    return extended.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def wanted(example: dict[str, list[int]]) -> list[int]:
+    """The tokens that a loss is taken on; each must be the token that stands there."""
+    pairs = list(zip(example["input_ids"], example["labels"], strict=True))
+    assert all(label in (IGNORED, token) for token, label in pairs)
+    return [label for _, label in pairs if label != IGNORED]
+
+
+def items_in(extended: Extended, ids: list[int]) -> list[int]:
+    """Items whose SIDs stand in `ids`, in order; codes must make whole SIDs."""
+    vocabulary, codes = extended.vocabulary, extended.codes_NL.tolist()
+    tokens = [i for i in ids if vocabulary.first <= i < vocabulary.stop]
+    levels = vocabulary.num_levels
+    assert len(tokens) % levels == 0
+    sids = [tokens[i : i + levels] for i in range(0, len(tokens), levels)]
+    return [
+        codes.index([t - o for t, o in zip(sid, vocabulary.offsets, strict=True)]) for sid in sids
+    ]
+
+
+def epochs_of(mix: AlignmentMix) -> list[range]:
+    return [
+        range(start, stop)
+        for start, stop in zip(mix.epoch_starts, mix.epoch_starts[1:], strict=False)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 25), min_size=1, max_size=5),
+    max_history=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_every_event_is_a_target_in_every_epoch(
+    extended: Extended, lengths: list[int], max_history: int, seed: int
+) -> None:
+    # An item of its own for every event would be clearest; users in turn come close to it.
+    for length in lengths:
+        sequence = np.arange(length, dtype=np.int32) % NUM_ITEMS
+        mix = make_mix(extended, sequences=[sequence], max_history=max_history, epochs=3, seed=seed)
+        for epoch in epochs_of(mix):
+            covered: set[int] = set()
+            for index in epoch:
+                example = mix[index]
+                items = items_in(extended, example["input_ids"])
+                assert 2 <= len(items) <= max_history + 1
+                assert items == list(range(items[0], items[0] + len(items)))  # one after the other
+                assert items_in(extended, wanted(example)) == items
+                covered.update(items)
+            assert covered == (set(range(length)) if length >= 2 else set())
+
+
+def test_windows_move_from_epoch_to_epoch(extended: Extended) -> None:
+    mix = make_mix(extended, sequences=[np.arange(25, dtype=np.int32)], epochs=12)
+    starts = {
+        tuple(items_in(extended, mix[index]["input_ids"])[0] for index in epoch)
+        for epoch in epochs_of(mix)
+    }
+    assert len(starts) > 2
+
+
+def test_a_sequence_trains_its_history_and_its_reply_alone(extended: Extended) -> None:
+    sequence = np.array([4, 9, 2], dtype=np.int32)
+    mix = make_mix(extended, sequences=[sequence], epochs=1)
+    example = mix[0]
+    encoder, vocabulary = extended.encoder, extended.vocabulary
+    end_of_turn = encoder.frame(encoder.recommend["system"]).after_reply[:1]
+    assert wanted(example) == [
+        *encoder.history([4, 9]),
+        *encoder.item(2),
+        vocabulary.end,
+        *end_of_turn,
+    ]
+    # What comes before the reply is the very prompt that the recommender starts from.
+    prompt = encoder.recommendation_prompt([4, 9])
+    assert example["input_ids"][: len(prompt)] == prompt
+
+
+def test_every_task_trains_its_reply_alone(extended: Extended) -> None:
+    mix = make_mix(extended, captions=1.0, personas=1.0, replies=REPLIES, epochs=1)
+    counts = mix.tasks()
+    assert counts["caption"] == counts["lookup"] == NUM_ITEMS and counts["replay"] == 2
+    end = extended.encoder.frame("").after_reply[0]
+    texts = {item_text(item): n for n, item in enumerate(extended.dataset.items)}
+    seen: Counter[str] = Counter()
+    for index in range(len(mix)):
+        task, subject, _ = mix._plan[index]
+        example = mix[index]
+        labels = example["labels"]
+        reply = wanted(example)
+        assert reply[-1] == end and labels[-1] == end
+        said = text_of(extended, reply[:-1])
+        seen[task] += 1
+        if task == "sequence":
+            continue
+        first = next(t for t, label in enumerate(labels) if label != IGNORED)
+        assert all(label != IGNORED for label in labels[first:])  # one stretch, to the end
+        asked = text_of(extended, example["input_ids"][:first])
+        if task == "caption":
+            assert texts[said] == subject
+            assert items_in(extended, example["input_ids"][:first]) == [subject]
+        elif task == "lookup":
+            assert reply[:-1] == extended.encoder.sid(subject)
+            assert item_text(extended.dataset.items[subject]) in asked
+        elif task == "persona":
+            story = items_in(extended, reply)
+            user = mix.sequences[subject].tolist()
+            assert " ".join(map(str, story)) in " ".join(map(str, user)) and len(story) >= 2
+            assert all(item_text(extended.dataset.items[item]) in said for item in story)
+        else:
+            assert said == REPLIES[subject][1] and REPLIES[subject][0] in asked
+    assert seen == counts
+
+
+def test_replayed_words_are_never_control(extended: Extended) -> None:
+    mix = make_mix(extended, replies=REPLIES, epochs=1)
+    index = next(i for i, (task, _, _) in enumerate(mix._plan) if task == "replay")
+    plain, risky = mix[index]["input_ids"], mix[index + 1]["input_ids"]
+    control = extended.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert plain.count(control) == risky.count(control)
+
+
+def test_nothing_of_valid_or_test_is_shown(extended: Extended) -> None:
+    """Held-out items of a catalogue in which nobody else has them appear in captions only."""
+    sequences = extended.dataset.training_sequences()
+    mix = make_mix(extended, captions=1.0, personas=1.0)
+    for index in range(len(mix)):
+        task, subject, _ = mix._plan[index]
+        if task in ("sequence", "persona"):
+            items = items_in(extended, mix[index]["input_ids"])
+            known = " ".join(map(str, sequences[subject].tolist()))
+            assert " ".join(map(str, items)) in known
+    lengths = [len(s) for s in extended.dataset.sequences]
+    assert [len(s) + 2 for s in sequences] == lengths  # the last two of each are held out
+
+
+def test_the_seed_decides_everything(extended: Extended) -> None:
+    def all_of(seed: int) -> list[dict[str, list[int]]]:
+        mix = make_mix(extended, captions=0.5, personas=0.5, replies=REPLIES, seed=seed)
+        return [mix[index] for index in BucketedOrder(mix, batch_size=4, seed=seed)]
+
+    assert all_of(3) == all_of(3)
+    assert all_of(3) != all_of(4)
+
+
+def test_an_example_does_not_depend_on_what_was_asked_before(extended: Extended) -> None:
+    mix = make_mix(extended, captions=1.0, personas=1.0)
+    backwards = [mix[index] for index in reversed(range(len(mix)))]
+    assert backwards[::-1] == [mix[index] for index in range(len(mix))]
+
+
+@pytest.mark.parametrize("captions", [0.0, 0.3, 1.0, 2.0])
+def test_the_share_of_captions(extended: Extended, captions: float) -> None:
+    mix = make_mix(extended, captions=captions, epochs=1)
+    captioned = [subject for task, subject, _ in mix._plan if task == "caption"]
+    assert len(captioned) == round(captions * NUM_ITEMS)
+    most = max(Counter(captioned).values(), default=0)
+    assert most <= max(1, round(captions))
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch_size=st.integers(1, 50), epochs=st.integers(1, 3), seed=st.integers(0, 99))
+def test_the_order_is_whole_batches_of_each_epoch(
+    extended: Extended, batch_size: int, epochs: int, seed: int
+) -> None:
+    mix = make_mix(extended, captions=1.0, personas=1.0, epochs=epochs, seed=seed)
+    order = BucketedOrder(mix, batch_size=batch_size, seed=seed)
+    indices = list(order)
+    assert indices == list(order) and len(indices) == len(order)
+    assert len(set(indices)) == len(indices)
+    position = 0
+    for epoch in epochs_of(mix):
+        expected = max(len(epoch) // batch_size, 1) * batch_size
+        part = indices[position : position + min(expected, len(epoch))]
+        assert all(index in epoch for index in part)
+        position += len(part)
+    assert position == len(indices)
+
+
+def test_batches_are_of_like_length_and_in_no_order_of_length(extended: Extended) -> None:
+    mix = make_mix(extended, captions=4.0, personas=1.0, epochs=1)
+    batch = 8
+    indices = list(BucketedOrder(mix, batch_size=batch, seed=0))
+    lengths = np.array([mix.length(i) for i in indices]).reshape(-1, batch)
+    shuffled = np.random.default_rng(0).permutation(lengths.flatten()).reshape(lengths.shape)
+    assert np.ptp(lengths, axis=1).mean() < 0.3 * np.ptp(shuffled, axis=1).mean()
+    means = lengths.mean(1)
+    assert (np.diff(means) < 0).any() and (np.diff(means) > 0).any()
+
+
+def test_lengths_are_about_right(extended: Extended) -> None:
+    """The order of lengths within a task is what bucketing needs."""
+    mix = make_mix(
+        extended,
+        sequences=[np.arange(n, dtype=np.int32) for n in range(2, 20)],
+        max_history=50,
+        epochs=1,
+    )
+    guessed = [mix.length(i) for i in range(len(mix))]
+    rendered = [len(mix[i]["input_ids"]) for i in range(len(mix))]
+    assert len({r - g for g, r in zip(guessed, rendered, strict=True)}) == 1
+
+
+def test_collate_pads_on_the_right() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": list(range(1, 10)), "labels": list(range(1, 10))},
+    ]
+    batch = collate(rows, pad_id=99)
+    assert {name: tuple(t.shape) for name, t in batch.items()} == {
+        "input_ids": (2, 16),
+        "labels": (2, 16),
+        "attention_mask": (2, 16),
+    }
+    assert batch["input_ids"][0].tolist() == [5, 6, 7] + [99] * 13
+    assert batch["labels"][0].tolist() == [-100, 6, 7] + [-100] * 13
+    assert batch["attention_mask"].sum(1).tolist() == [3, 9]
+    assert all(t.dtype == torch.int64 for t in batch.values())
