@@ -122,7 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, default=Path("eval/results/beam/cpu.json"))
     parser.add_argument("--users", type=int, nargs="+", default=[1, 32], help="batch sizes")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[3, 2], help="pairs by batch size")
+    parser.add_argument(
+        "--repeats", type=int, nargs="+", default=[3, 2], help="pairs by batch size"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     generator = np.random.default_rng(options.seed)
@@ -179,7 +181,10 @@ def main() -> None:
             figures[f"{key}/{stem}_s"] = float(wall)
             figures[f"{key}/{stem}_cpu_s"] = float(cpu)
         for suffix in ("", "_cpu"):
-            time_s, theirs_s = figures[f"{key}/ours{suffix}_s"], figures[f"{key}/generate{suffix}_s"]
+            time_s, theirs_s = (
+                figures[f"{key}/ours{suffix}_s"],
+                figures[f"{key}/generate{suffix}_s"],
+            )
             figures[f"{key}/speedup{suffix}_vs_generate"] = theirs_s / time_s
         mine_UW, theirs_UW = results["ours"].items_UW, results["generate"].items_UW
         shared_UW = (theirs_UW[..., None] == mine_UW[:, None]).any(-1)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 # Stages import torch and transformers, which takes seconds: each command imports its own.
 
 _DESCRIPTION = """A recommender that reasons, from raw logs to recommended items.
@@ -31,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _sentence(error)
         if message is None:
             raise
+        _end_progress_bars()
         print(f"whyrec: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        _end_progress_bars()
         print("whyrec: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
@@ -55,13 +59,22 @@ def _sentence(error: Exception) -> str | None:
     return text if isinstance(error, ValueError | OSError) else None
 
 
+def _end_progress_bars() -> None:
+    """Bars that an error cut short, so that the sentence about it has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def _is_full_disk(error: Exception, text: str) -> bool:
-    """Rust and C++ writers (safetensors, torch.save) say it in words of their own."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """Rust and C++ writers (safetensors, tokenizers, torch.save) say it in words of their own."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if getattr(error, "errno", None) in numbers:
         return True
-    if type(error).__name__ == "SafetensorError":
-        return "No space left" in text or "File too large" in text or "quota exceeded" in text
-    return isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text
+    if any(f"(os error {number})" in text for number in numbers):
+        return True
+    return (
+        isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _stage(commands, "index", _index, "embed the items, give each a semantic ID, build the trie")
     _stage(commands, "align", _align, "teach the LLM the semantic IDs; makes model/aligned")
 
-    command = commands.add_parser("evaluate", help="rank the whole catalogue for a split's users")
+    command = _command(commands, "evaluate", "rank the whole catalogue for a split's users")
     command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
     command.add_argument("--run", type=Path, required=True, help="run folder with the data set")
     command.add_argument("--split", choices=("valid", "test"), default="test")
@@ -90,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, help="write the record here besides RUN/eval")
     command.set_defaults(call=_evaluate)
 
-    command = commands.add_parser("recommend", help="recommend items after a history")
+    command = _command(commands, "recommend", "recommend items after a history")
     command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
     who = command.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", action="append", help="a user of --run; may be given again")
@@ -100,16 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(call=_recommend)
 
-    command = commands.add_parser("add-items", help="add new items to a model, without training")
+    command = _command(commands, "add-items", "add new items to a model, without training")
     command.add_argument("model", type=Path, help="model folder")
     command.add_argument("items", type=Path, help="CSV, TSV, JSON lines or Parquet of items")
     command.set_defaults(call=_add_items)
     return parser
 
 
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text)
+
+
 def _stage(commands, name: str, call, text: str) -> argparse.ArgumentParser:
     """The options that every stage has."""
-    command = commands.add_parser(name, help=text, description=text)
+    command = _command(commands, name, text)
     command.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/NAME")
     command.add_argument("--recipe", type=Path, help="YAML file of settings; defaults without it")
     command.add_argument(

@@ -1,4 +1,4 @@
-"""`Recommender`: exclusions, lengths, scores and errors, as a caller of the Python API sees them."""
+"""`Recommender`: exclusions, lengths, scores and errors, as a caller of the API sees them."""
 
 import copy
 import json

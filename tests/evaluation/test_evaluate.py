@@ -59,14 +59,15 @@ def brute_force_scores(extended, history: list[int]) -> np.ndarray:
     codes = extended.codes_NL.tolist()
     tokens = [extended.vocabulary.encode(sid) for sid in codes]
     ids = torch.tensor([[*prompt, *sid] for sid in tokens])
-    logits_NTV = extended.model(ids).logits
+    # Only the positions before a code and the last: the head over all text tokens is slow.
+    logits_NTV = extended.model(ids, logits_to_keep=len(LEVEL_SIZES) + 1).logits
     scores = []
     for n, sid in enumerate(codes):
         total = 0.0
         for level, code in enumerate(sid):
             legal = sorted({other[level] for other in codes if other[:level] == sid[:level]})
             row = [extended.vocabulary.offsets[level] + other for other in legal]
-            log_probs = logits_NTV[n, len(prompt) - 1 + level, row].log_softmax(0)
+            log_probs = logits_NTV[n, level, row].log_softmax(0)
             total += float(log_probs[legal.index(code)])
         scores.append(total)
     return np.array(scores)
@@ -150,9 +151,7 @@ def test_the_record(run, tmp_path) -> None:
 
 
 def test_popularity_is_what_counting_gives(run, extended) -> None:
-    figures = evaluate(
-        run / "model" / "aligned", run, split="test", beams=20, sasrec_recipe=SASREC
-    )
+    figures = evaluate(run / "model" / "aligned", run, split="test", beams=20, sasrec_recipe=SASREC)
     dataset = extended.dataset
     counts = np.bincount(np.concatenate(dataset.training_sequences()), minlength=NUM_ITEMS)
     hits = []
@@ -182,19 +181,20 @@ def test_baselines_are_kept_and_made_anew_for_other_users(run, capsys) -> None:
 def test_a_subset_of_the_users_is_fixed(run, extended) -> None:
     model = run / "model" / "aligned"
     few = evaluate(model, run, split="test", beams=NUM_ITEMS, users=6)
-    assert few == evaluate(model, run, split="test", beams=NUM_ITEMS, users=6)
     examples = extended.dataset.examples("test").take(6, seed=0)
     ranks_E, _ = brute_force_ranks(extended, examples, exclude=False)
     expected = ((ranks_E > 0) & (ranks_E <= 10)).mean()
     assert few["whyrec/test/kept/R@10"] == pytest.approx(expected)
-    everybody = evaluate(model, run, split="test", beams=NUM_ITEMS)
-    assert evaluate(model, run, split="test", beams=NUM_ITEMS, users=10_000) == everybody
+    everybody = evaluate(model, run, split="test", beams=NUM_ITEMS, users=10_000)
     assert len(extended.dataset.examples("test")) == NUM_USERS
+    ranks_E, _ = brute_force_ranks(extended, extended.dataset.examples("test"), exclude=False)
+    expected = ((ranks_E > 0) & (ranks_E <= 10)).mean()
+    assert everybody["whyrec/test/kept/R@10"] == pytest.approx(expected)
 
 
 def test_a_model_of_another_catalogue_is_refused(run, tmp_path) -> None:
     other = make_run(tmp_path / "other", num_items=NUM_ITEMS - 3)
-    with pytest.raises(ValueError, match="30 items and .* 27: .*different catalogues"):
+    with pytest.raises(ValueError, match=r"30 items and .* 27: .*different catalogues"):
         evaluate(run / "model" / "aligned", other, split="test", beams=20)
     assert not (other / "eval").exists()
 
@@ -202,7 +202,7 @@ def test_a_model_of_another_catalogue_is_refused(run, tmp_path) -> None:
 def test_an_empty_split_is_refused(run, tmp_path) -> None:
     (tmp_path / "log.csv").write_text("user_id,item_id\na,x\na,y\nb,x\nb,y\n")
     prepare(tmp_path / "short", PrepareRecipe(source=str(tmp_path / "log.csv"), k_core=0))
-    with pytest.raises(ValueError, match="the test split of .* holds no users; prepare"):
+    with pytest.raises(ValueError, match=r"the test split of .* holds no users; prepare"):
         evaluate(run / "model" / "aligned", tmp_path / "short", split="test", beams=20)
 
 

@@ -337,12 +337,12 @@ def test_the_warm_up_moves_new_rows_alone(
     folder = make_backbone(tied=tied)
     moved: dict[str, torch.Tensor] = {}
     new: set[int] = set()
-    warm_up = align_module._warm_up
+    warm_up = align_module.warm_up
 
-    def watch(adapted, trainer, recipe, done, token_ids):
+    def watch(adapted, trainer, *, done, token_ids):
         before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
         trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
-        warm_up(adapted, trainer, recipe, done, token_ids)
+        warm_up(adapted, trainer, done=done, token_ids=token_ids)
         after = dict(adapted.named_parameters())
         assert {name for name, p in after.items() if p.requires_grad} == trainable
         for name, parameter in after.items():
@@ -352,7 +352,7 @@ def test_the_warm_up_moves_new_rows_alone(
         new.update(token_ids)
         raise Stopped
 
-    monkeypatch.setattr(align_module, "_warm_up", watch)
+    monkeypatch.setattr(align_module, "warm_up", watch)
     with pytest.raises(Stopped):
         align(run, make_recipe(folder, lora_rank=lora_rank))
     names = " ".join(moved)

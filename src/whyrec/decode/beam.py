@@ -4,12 +4,15 @@ A beam's score is the model's log-probability of its codes, each renormalised ov
 the trie allows after its prefix: log p(SID | prompt, SID is legal), level by level, which is what
 constrained sampling draws from. The search is exact with respect to its width: at every level the
 best W of *all* legal continuations survive. A prefix that leads to one item only is finished: its
-forced codes have probability 1 and cost no forward pass.
+forced codes have probability 1 and cost no forward pass. Nor does what was computed before: the
+common beginning of a batch's prompts is run once, and searches from the same prompts, with other
+exclusions, share the prefixes that they both visit.
 
-Dimensions: U users, W beams a user, K codes of a level, D hidden size, L levels.
+Dimensions: U users, W beams a user, K codes of a level, D hidden size, L levels, and B beam tokens
+of a user that are kept.
 
     decoder = BeamDecoder(model, vocabulary=vocabulary, trie=trie)
-    prefilled = decoder.prefill(prompts)                 # lists of token ids, `<|sid_begin|>` last
+    prefilled = decoder.prefill(prompts, width=20)       # lists of token ids, `<|sid_begin|>` last
     beams = decoder.search(prefilled, width=20)
     beams.items_UW, beams.scores_UW
 """
@@ -40,12 +43,45 @@ class Beams:
     scores_UW: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prefilled:
-    """Prompts whose keys and values are computed; any number of searches can start from them."""
+    """Prompts whose keys and values are computed; any number of searches can start from them.
+
+    Attributes:
+        store: keys and values of the prompts and of the beam tokens behind them.
+        last_hidden_UD: hidden states after the prompts.
+        nodes_UB: trie nodes of the beam tokens in the store, by slot; -1 for a slot of no use.
+        hidden_UBD: their hidden states.
+    """
 
     store: KeyValueStore
     last_hidden_UD: Tensor
+    nodes_UB: Tensor
+    hidden_UBD: Tensor
+
+    def make_room(self, num_tokens: int) -> None:
+        """Forget all beam tokens if so many new ones might not fit beside them."""
+        if self.store.used + num_tokens > self.store.capacity:
+            self.store.forget_tree()
+            self.nodes_UB = self.nodes_UB[:, :0]
+            self.hidden_UBD = self.hidden_UBD[:, :0]
+
+    def find(self, nodes_UW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Look up beam tokens by node: found [U, W], slots [U, W] and hidden states [U, W, D]."""
+        if self.nodes_UB.shape[1] == 0:
+            nothing_UW = torch.zeros_like(nodes_UW)
+            hidden_UWD = self.hidden_UBD.new_zeros(*nodes_UW.shape, self.hidden_UBD.shape[-1])
+            return nothing_UW.bool(), nothing_UW, hidden_UWD
+        same_UWB = nodes_UW[..., None] == self.nodes_UB[:, None]
+        found_UW, where_UW = same_UWB.max(-1)
+        users = torch.arange(len(nodes_UW), device=nodes_UW.device)[:, None]
+        hidden_UWD = self.hidden_UBD[users, where_UW]
+        return found_UW & (nodes_UW >= 0), where_UW + self.store.prompt_slots, hidden_UWD
+
+    def keep(self, nodes_UT: Tensor, hidden_UTD: Tensor) -> None:
+        """Note what the tokens are that were just written into the store."""
+        self.nodes_UB = torch.cat([self.nodes_UB, nodes_UT], dim=1)
+        self.hidden_UBD = torch.cat([self.hidden_UBD, hidden_UTD], dim=1)
 
 
 class BeamDecoder:
@@ -70,12 +106,16 @@ class BeamDecoder:
         self._ranks_N = self.trie.item_ranks()
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], *, width: int) -> Prefilled:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, width: int, searches: int = 1
+    ) -> Prefilled:
         """Compute the prompts' keys and values once.
 
         Args:
             prompts: token ids of each user's prompt, ending in `<|sid_begin|>`.
             width: the greatest width that will be searched from here.
+            searches: how many searches of that width shall share the prefixes they visit; more
+                are right too, only slower.
         """
         lengths = [len(prompt) for prompt in prompts]
         ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
@@ -84,12 +124,33 @@ class BeamDecoder:
         ids_UP = torch.from_numpy(ids).to(self.device)
         lengths_U = torch.tensor(lengths, device=self.device)
         num_users, num_slots = ids_UP.shape
-        tree_slots = width * (self.trie.num_levels - 1)
+        tree_slots = width * (self.trie.num_levels - 1) * searches
         store = KeyValueStore(lengths_U, num_slots, capacity=num_slots + tree_slots)
         positions_UP = torch.arange(num_slots, device=self.device).expand(num_users, -1)
-        hidden_UPD = run(self.model, ids_UP, positions_UT=positions_UP.contiguous(), store=store)
-        last_hidden_UD = hidden_UPD[torch.arange(num_users, device=self.device), lengths_U - 1]
-        return Prefilled(store, last_hidden_UD)
+        shared = _shared_prefix(ids, min(lengths))
+        mask_UTS = None
+        if shared:
+            first = KeyValueStore(lengths_U[:1], shared, capacity=shared)
+            run(
+                self.model, ids_UP[:1, :shared], positions_UT=positions_UP[:1, :shared], store=first
+            )
+            store.start_with(first)
+            slot_P = torch.arange(num_slots, device=self.device)
+            mask_UTS = (slot_P <= slot_P[shared:, None])[None]
+        hidden_UTD = run(
+            self.model,
+            ids_UP[:, shared:],
+            positions_UT=positions_UP[:, shared:].contiguous(),
+            store=store,
+            mask_UTS=mask_UTS,
+        )
+        users = torch.arange(num_users, device=self.device)
+        return Prefilled(
+            store,
+            last_hidden_UD=hidden_UTD[users, lengths_U - 1 - shared],
+            nodes_UB=torch.zeros(num_users, 0, dtype=torch.long, device=self.device),
+            hidden_UBD=hidden_UTD[:, :0],
+        )
 
     @torch.no_grad()
     def search(
@@ -108,7 +169,7 @@ class BeamDecoder:
                 what they are.
         """
         store, trie = prefilled.store, self.trie
-        store.forget_tree()
+        prefilled.make_room(width * (trie.num_levels - 1))
         num_users, num_levels = len(store.lengths_U), trie.num_levels
         device, users = self.device, torch.arange(len(store.lengths_U), device=self.device)[:, None]
         excluded_UX = None if excluded is None else self._excluded_ranks(excluded)
@@ -120,8 +181,10 @@ class BeamDecoder:
         # Slots of each beam's tokens so far; a slot that was never computed is never looked at.
         slots_UWA = torch.zeros(num_users, 1, 0, dtype=torch.long, device=device)
         for level in range(num_levels):
-            children_UWK = self._live_children(nodes_UW, level, excluded_UX)
-            log_probs_UWK = self._log_probs(hidden_UWD, nodes_UW, rows[level], level)
+            children_UWK = trie.children(nodes_UW, level=level)
+            log_probs_UWK = self._log_probs(hidden_UWD, rows[level], legal_UWK=children_UWK >= 0)
+            if excluded_UX is not None:
+                children_UWK = self._without_excluded(children_UWK, level, excluded_UX)
             totals_UWK = (scores_UW[..., None] + log_probs_UWK).masked_fill(
                 children_UWK < 0, -torch.inf
             )
@@ -135,26 +198,30 @@ class BeamDecoder:
             parents_UW, codes_UW = flat_UW // num_codes, flat_UW % num_codes
             slots_UWA = slots_UWA[users, parents_UW]
 
-            # Only beams whose next codes are still open cost a forward pass.
+            # Only beams whose next codes are still open, and unknown, cost a forward pass.
             low_UW, high_UW = trie.leaf_range(nodes_UW, level=level + 1)
             open_UW = high_UW - low_UW > 1
-            num_open = int(open_UW.sum(1).max())
-            hidden_UWD = hidden_UWD.new_zeros(num_users, keep, hidden_UWD.shape[-1])
-            slots_UWA = torch.cat([slots_UWA, slots_UWA.new_zeros(num_users, keep, 1)], dim=-1)
-            if num_open == 0:
+            known_UW, slots_UW, hidden_UWD = prefilled.find(nodes_UW)
+            slots_UWA = torch.cat([slots_UWA, slots_UW[..., None]], dim=-1)
+            new_UW = open_UW & ~known_UW
+            num_new = int(new_UW.sum(1).max())
+            if num_new == 0:
                 continue
-            chosen_UT = open_UW.int().argsort(dim=1, descending=True, stable=True)[:, :num_open]
-            slot_T = store.used + torch.arange(num_open, device=device)
+            # Users with fewer new beams fill up with others, known ones first: they are computed
+            # again. A closed one's token is nonsense, but nobody will look at it.
+            urgency_UW = 2 * new_UW.int() + open_UW.int()
+            chosen_UT = urgency_UW.argsort(dim=1, descending=True, stable=True)[:, :num_new]
+            slot_T = store.used + torch.arange(num_new, device=device)
             slots_UWA[users, chosen_UT, -1] = slot_T.expand(num_users, -1)
-            ids_UT = codes_UW.gather(1, chosen_UT) + self.vocabulary.offsets[level]
             hidden_UTD = run(
                 self.model,
-                ids_UT,
-                positions_UT=(store.lengths_U[:, None] + level).expand(-1, num_open).contiguous(),
+                codes_UW.gather(1, chosen_UT) + self.vocabulary.offsets[level],
+                positions_UT=(store.lengths_U[:, None] + level).expand(-1, num_new).contiguous(),
                 store=store,
-                mask_UTS=self._tree_mask(store, slots_UWA[users, chosen_UT], num_open),
-            )
-            hidden_UWD[users, chosen_UT] = hidden_UTD.to(hidden_UWD.dtype)
+                mask_UTS=self._tree_mask(store, slots_UWA[users, chosen_UT], num_new),
+            ).to(hidden_UWD.dtype)
+            hidden_UWD[users, chosen_UT] = hidden_UTD
+            prefilled.keep(nodes_UW.masked_fill(~open_UW, -1).gather(1, chosen_UT), hidden_UTD)
 
         items_UW = trie.leaf_items(nodes_UW)
         missing = width - items_UW.shape[1]
@@ -172,20 +239,14 @@ class BeamDecoder:
             for offset, size in zip(self.vocabulary.offsets, sizes, strict=True)
         ]
 
-    def _log_probs(
-        self, hidden_UWD: Tensor, nodes_UW: Tensor, rows_KD: Tensor, level: int
-    ) -> Tensor:
+    def _log_probs(self, hidden_UWD: Tensor, rows_KD: Tensor, *, legal_UWK: Tensor) -> Tensor:
         """Log-probabilities over the legal codes, in float32; 0 for a forced code."""
         logits_UWK = (hidden_UWD.to(rows_KD.dtype) @ rows_KD.T).float()
-        legal_UWK = self.trie.mask(nodes_UW, level=level)
-        # A dead beam has no legal code: its NaNs are masked by `children_UWK < 0`.
+        # A dead beam has no legal code: the caller masks its NaNs.
         return logits_UWK.masked_fill(~legal_UWK, -torch.inf).log_softmax(-1)
 
-    def _live_children(self, nodes_UW: Tensor, level: int, excluded_UX: Tensor | None) -> Tensor:
-        """Children by code [U, W, K], -1 for illegal ones and those with excluded items only."""
-        children_UWK = self.trie.children(nodes_UW, level=level)
-        if excluded_UX is None:
-            return children_UWK
+    def _without_excluded(self, children_UWK: Tensor, level: int, excluded_UX: Tensor) -> Tensor:
+        """The same children, but -1 for those that lead to excluded items only."""
         low_UWK, high_UWK = self.trie.leaf_range(children_UWK, level=level + 1)
         inside_UWK = [
             torch.searchsorted(excluded_UX, end_UWK.flatten(1)).view_as(end_UWK)
@@ -211,3 +272,11 @@ class BeamDecoder:
         prompt_US = slot_S < store.lengths_U[:, None]
         mask_UTS = prompt_US[:, None].repeat(1, num_tokens, 1)
         return mask_UTS.scatter_(2, slots_UTA, True)
+
+
+def _shared_prefix(ids_UP: np.ndarray, shortest: int) -> int:
+    """How many tokens all prompts begin with; 0 where a pass for them would save too little."""
+    num_users, num_slots = ids_UP.shape
+    differs_P = (ids_UP[:, : shortest - 1] != ids_UP[:1, : shortest - 1]).any(0)
+    shared = int(differs_P.argmax()) if differs_P.any() else shortest - 1
+    return shared if shared * num_users >= 4 * num_slots else 0

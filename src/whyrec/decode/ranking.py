@@ -11,8 +11,9 @@ from tqdm import tqdm
 from whyrec.decode.beam import BeamDecoder
 from whyrec.prompting.encoder import PromptEncoder
 
-# Prompt tokens of a batch: enough to fill the device, little enough for its memory.
-_BATCH_TOKENS = {"cpu": 4_096, "cuda": 131_072}
+# Prompt tokens of a batch: enough to fill the device, little enough for its memory; on a CPU so
+# few that the layers' activations nearly stay in the cache.
+_BATCH_TOKENS = {"cpu": 2_048, "cuda": 131_072}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def rank_histories(
         total=len(prompts), desc=progress, unit="user", disable=not progress, file=sys.stderr
     )
     for batch in _batches(order, [len(p) for p in prompts], _BATCH_TOKENS[decoder.device.type]):
-        prefilled = decoder.prefill([prompts[i] for i in batch], width=width)
+        prefilled = decoder.prefill(
+            [prompts[i] for i in batch], width=width, searches=len(rankings)
+        )
         for ranking, exclude in zip(rankings, exclude_history, strict=True):
             excluded = [histories[i].tolist() for i in batch] if exclude else None
             beams = decoder.search(prefilled, width=width, excluded=excluded)

@@ -32,7 +32,7 @@ class KeyValueStore:
         capacity: slots a user in all: P and the tree's.
         used: slots in use; the next tokens are written from here on.
         keys, values: by layer, [U, J, capacity, E].
-        mask_UTS: what the tokens of the running call may see; None during the prefill.
+        mask_UTS: what the tokens of the running call may see; None for whole prompts.
     """
 
     lengths_U: Tensor
@@ -46,6 +46,13 @@ class KeyValueStore:
     def forget_tree(self) -> None:
         """Drop all beam tokens, so that another beam can start from the same prompts."""
         self.used = self.prompt_slots
+
+    def start_with(self, prefix: "KeyValueStore") -> None:
+        """Take over what one prompt's store holds as the beginning of every prompt."""
+        for layer, key_1JSE in prefix.keys.items():
+            shape = (len(self.lengths_U), -1, -1, -1)
+            self.write(layer, key_1JSE.expand(shape), prefix.values[layer].expand(shape))
+        self.used = prefix.used
 
     def write(self, layer: int, key_UJTE: Tensor, value_UJTE: Tensor) -> tuple[Tensor, Tensor]:
         """Put new tokens into the next slots of a layer; return all slots up to them."""
@@ -150,8 +157,8 @@ def run(
         ids_UT: token ids.
         positions_UT: their positions in the sequence.
         store: slots for T more tokens must be free.
-        mask_UTS: True where a token may look, over all slots in use after this call; None for
-            the prefill of right-padded prompts.
+        mask_UTS: True where a token may look, over all slots in use after this call; one for
+            all users or one a user. None for whole right-padded prompts.
     """
     store.mask_UTS = mask_UTS
     with _attention_of(model):

@@ -10,23 +10,19 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
 """
 
 import argparse
+import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
@@ -44,7 +40,8 @@ from whyrec.stage import read_stage, run_stage
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.replay import own_replies
-from whyrec.train.trainer import BEST_METRIC, AlignTrainer, say
+from whyrec.train.trainer import BEST_METRIC, AlignTrainer, processes, say
+from whyrec.train.warmup import warm_up
 
 
 @dataclass
@@ -135,13 +132,8 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         inputs=inputs,
         force=force,
         keep_partial=True,
-        processes=_processes(),
+        processes=processes(),
     )
-
-
-def _processes() -> PartialState:
-    """This process among all of the run; without a GPU accelerate must be told to look for any."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_checkpoint(checkpoint: Path, sids_folder: Path) -> None:
@@ -161,16 +153,16 @@ def check_checkpoint(checkpoint: Path, sids_folder: Path) -> None:
 
 def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     torch.manual_seed(recipe.seed)
-    processes = _processes()
+    state = processes()
     dataset = Dataset.load(run / "dataset")
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
     trie = Trie.load(run / "sids" / "trie.safetensors")
     codebooks = load_quantizer(run / "sids" / "codebooks.safetensors").codebooks
 
     model, tokenizer = load_backbone(recipe.backbone, random_weights=recipe.random_weights)
-    with processes.main_process_first():
+    with state.main_process_first():
         replies = own_replies(
-            model.to(processes.device),
+            model.to(state.device),
             tokenizer,
             load_templates("general")["train"][: recipe.replays],
             max_tokens=recipe.replay_tokens,
@@ -185,9 +177,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     valid = dataset.examples("valid")
     if 0 < recipe.valid_users < len(valid):
         valid = valid.take(recipe.valid_users, seed=0)
-    sid_loss = SidLoss(
-        vocabulary, trie.to(processes.device), recipe.label_smoothing, recipe.dropout
-    )
+    sid_loss = SidLoss(vocabulary, trie.to(state.device), recipe.label_smoothing, recipe.dropout)
 
     def trainer(phase: str, **settings: Any) -> AlignTrainer:
         mix = AlignmentMix(
@@ -212,10 +202,16 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         )
 
     if recipe.warmup_epochs and not recipe.checkpoint:
-        token_ids = new_token_ids(vocabulary, tokenizer)
-        _warm_up(adapted, trainer, recipe, folder / ".warmup.safetensors", token_ids)
+        warm_up(
+            adapted,
+            lambda: trainer(
+                "warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0
+            ),
+            done=folder / ".warmup.safetensors",
+            token_ids=new_token_ids(vocabulary, tokenizer),
+        )
     summary = _train_mix(adapted, trainer, recipe, folder)
-    if processes.is_main_process:
+    if state.is_main_process:
         _save(run, recipe, folder, adapted, tokenizer, list(trie.level_sizes))
         for scratch in folder.glob(".*"):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
@@ -257,11 +253,11 @@ def _arguments(
     max_steps: int = 0,
 ) -> SFTConfig:
     """TRL's configuration of one phase; the global batch is the same on any number of processes."""
-    processes = _processes().num_processes
-    share = max(recipe.batch_size // processes, 1)
-    if share * processes != recipe.batch_size:
+    many = processes().num_processes
+    share = max(recipe.batch_size // many, 1)
+    if share * many != recipe.batch_size:
         raise ValueError(
-            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes; "
+            f"batch_size {recipe.batch_size} cannot be shared by {many} processes; "
             "make it a multiple of their number"
         )
     micro = next(m for m in range(min(recipe.micro_batch_size, share), 0, -1) if share % m == 0)
@@ -300,74 +296,6 @@ def _arguments(
     )
 
 
-def _warm_up(
-    adapted: nn.Module,
-    trainer: Callable[..., AlignTrainer],
-    recipe: AlignRecipe,
-    done: Path,
-    token_ids: list[int],
-) -> None:
-    """Train the new rows alone; their values are kept in `done` for a run that is resumed."""
-    rows = dict(_row_parameters(adapted))
-    if done.exists():
-        saved = load_file(done)
-        for name, parameter in rows.items():
-            parameter.data.copy_(saved[name])
-        return
-    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(name in rows)
-    # Without PEFT a row parameter is the whole embedding: its old rows get no gradient.
-    hooks = []
-    if not isinstance(adapted, PeftModel):
-        hooks = [p.register_hook(partial(_keep_rows, token_ids=token_ids)) for p in rows.values()]
-    warm = trainer("warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0)
-    if warm.is_fsdp_enabled:
-        warm.add_callback(_KeepRowsSharded(set(rows), token_ids))
-    warm.args.weight_decay = 0.0  # decay would move the old rows too
-    warm.train()
-    for hook in hooks:
-        hook.remove()
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    if _processes().is_main_process:
-        temporary = done.with_suffix(".tmp")
-        save_file({name: p.detach().cpu().contiguous() for name, p in rows.items()}, temporary)
-        temporary.replace(done)
-
-
-def _keep_rows(gradient_VD: Tensor, *, token_ids: list[int]) -> Tensor:
-    kept_VD = torch.zeros_like(gradient_VD)
-    kept_VD[token_ids] = gradient_VD[token_ids]
-    return kept_VD
-
-
-class _KeepRowsSharded(TrainerCallback):
-    """`_keep_rows` under FSDP2, which makes parameters, and so their hooks, anew."""
-
-    def __init__(self, names: set[str], token_ids: list[int]) -> None:
-        self.names, self.token_ids = names, token_ids
-
-    def on_train_begin(self, *_: object, model: nn.Module, **__: object) -> None:
-        for name, parameter in model.named_parameters():
-            if name in self.names:
-                assert isinstance(parameter, DTensor)
-                kept_V1 = torch.zeros(len(parameter), 1, device=parameter.device)
-                kept_V1[self.token_ids] = 1.0
-                mask = distribute_tensor(kept_V1, parameter.device_mesh, parameter.placements)
-                parameter.register_post_accumulate_grad_hook(lambda p, m=mask: p.grad.mul_(m))
-
-
-def _row_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that hold new rows: PEFT's, or the embedding and the head themselves."""
-    plain = plain_model(adapted)
-    whole = {plain.get_input_embeddings().weight, plain.get_output_embeddings().weight}
-    for name, parameter in adapted.named_parameters():
-        is_peft_row = "trainable_tokens_delta" in name
-        if is_peft_row or (not isinstance(adapted, PeftModel) and parameter in whole):
-            yield name, parameter
-
-
 def _train_mix(
     adapted: nn.Module, trainer: Callable[..., AlignTrainer], recipe: AlignRecipe, folder: Path
 ) -> dict:
@@ -379,7 +307,7 @@ def _train_mix(
         evaluations=recipe.evaluations,
         max_steps=recipe.max_steps,
     )
-    last = get_last_checkpoint(str(folder / ".mix")) if (folder / ".mix").exists() else None
+    last = _last_checkpoint(folder / ".mix")
     start, released = None, None
     if recipe.checkpoint and isinstance(adapted, PeftModel):
         # The released checkpoint is a candidate too: a few steps may make it worse.
@@ -401,6 +329,19 @@ def _train_mix(
         "trained_tokens": mix._total_train_tokens,
         "log": mix.state.log_history,
     }
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: its state is written last, so a killed one has none."""
+
+    def steps_done(checkpoint: Path) -> int:
+        try:
+            return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError):
+            return 0
+
+    last = max(folder.glob("checkpoint-*"), key=steps_done, default=None)
+    return str(last) if last is not None and steps_done(last) else None
 
 
 def _save(

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
@@ -178,6 +179,11 @@ class AlignTrainer(SFTTrainer):
 
 def _launched_with_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def processes() -> PartialState:
+    """This process among all of the run; without a GPU accelerate must be told to look for any."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def say(message: str) -> None:
