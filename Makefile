@@ -1,6 +1,6 @@
 # make demo    the main job on MovieLens-100K, from raw files to recommended films (CPU, 15 minutes)
 # make test    linter, formatter, types, tests
-# make beauty  the Amazon Beauty recipe: make beauty SOURCE=folder-with-the-downloaded-files (GPU)
+# make bench   the benches of eval/bench
 #
 # FROM_SCRATCH=1 makes the demo train the whole line instead of starting from the released
 # checkpoint: minutes on a GPU, hours on a CPU.
@@ -22,7 +22,7 @@ ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
 endif
 MODEL := $(RUN)/model/aligned
 
-.PHONY: demo test lint beauty bench clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/ready
 	$(WHYREC) prepare ml-100k --run $(RUN)
@@ -39,12 +39,6 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python -m whyrec.evaluation.tables README.md --check
-
-beauty: .venv/ready
-	$(WHYREC) prepare $(SOURCE) --run runs/beauty
-	$(WHYREC) index --run runs/beauty --recipe recipes/beauty/index.yaml
-	$(WHYREC) align --run runs/beauty --recipe recipes/beauty/align.yaml
-	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --sasrec recipes/beauty/sasrec.yaml
 
 bench: .venv/ready
 	.venv/bin/python eval/bench/trie.py
