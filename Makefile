@@ -9,6 +9,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WHYREC := .venv/bin/whyrec
 
+# Threads that wait sleep: spinning ones ruin each other wherever another program runs too.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 RECIPES := recipes/ml-100k
 CHECKPOINT := data/checkpoints/ml-100k
 ifdef FROM_SCRATCH

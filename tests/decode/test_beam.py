@@ -346,3 +346,68 @@ def test_mistral_without_a_window_is_welcome() -> None:
     expected = brute_force(case, case.prompts[0])
     items, scores = pairs(beams, 0)
     assert scores == pytest.approx([expected[item] for item in items], abs=1e-4)
+
+
+def forward_tokens(case: Case) -> tuple[list[tuple[int, int]], object]:
+    """Users and tokens of each forward pass from here on, and the hook that notes them."""
+    calls: list[tuple[int, int]] = []
+
+    def note(_module: object, _args: object, kwargs: dict) -> None:
+        calls.append(tuple(kwargs["input_ids"].shape))
+
+    return calls, case.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(1, 8), st.integers(1, 3), st.data())
+def test_searches_that_share_prefixes_equal_fresh_ones(
+    case: Case, width: int, searches: int, data: st.DataObject
+) -> None:
+    decoder = case.decoder()
+    shared = decoder.prefill(case.prompts, width=width, searches=searches)
+    for _ in range(3):
+        excluded = excluded_sets(case, data)
+        narrower = data.draw(st.integers(1, width))
+        fresh = decoder.prefill(case.prompts, width=narrower)
+        same(
+            decoder.search(shared, width=narrower, excluded=excluded),
+            decoder.search(fresh, width=narrower, excluded=excluded),
+        )
+
+
+def test_a_second_search_computes_new_prefixes_only() -> None:
+    case = make_case((6, 5, 4), num_items=60, lengths=(7, 4), seed=1)
+    decoder = case.decoder()
+    prefilled = decoder.prefill(case.prompts, width=6, searches=2)
+    first = decoder.search(prefilled, width=6)
+    calls, hook = forward_tokens(case)
+    same(first, decoder.search(prefilled, width=6))
+    assert calls == []
+    # The best item's place is taken by another one, whose prefix may be new: a few tokens at most.
+    decoder.search(prefilled, width=6, excluded=first.items_UW[:, :1].tolist())
+    hook.remove()
+    assert sum(tokens for _, tokens in calls) <= 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(1, 30), st.integers(1, 8), st.integers(0, 1_000))
+def test_a_common_beginning_changes_nothing(case: Case, common: int, width: int, seed: int) -> None:
+    beginning = [(seed + 7 * i) % case.model.config.vocab_size for i in range(common)]
+    prompts = [beginning + prompt for prompt in case.prompts * 4]
+    decoder = case.decoder()
+    together = decoder.search(decoder.prefill(prompts, width=width), width=width)
+    for user, prompt in enumerate(prompts[: len(case.prompts)]):
+        alone = decoder.search(decoder.prefill([prompt], width=width), width=width)
+        mine, expected = pairs(together, user), pairs(alone, 0)
+        assert mine[1] == pytest.approx(expected[1], abs=1e-5)
+        scores = brute_force(case, prompt)
+        assert mine[1] == pytest.approx([scores[item] for item in mine[0]], abs=1e-4)
+
+
+def test_a_common_beginning_is_run_once() -> None:
+    case = make_case((4, 4), num_items=12, lengths=(3,) * 6, seed=2)
+    prompts = [list(range(9)) + prompt for prompt in case.prompts]
+    calls, hook = forward_tokens(case)
+    case.decoder().prefill(prompts, width=4)
+    hook.remove()
+    assert calls == [(1, 9), (6, 3)]

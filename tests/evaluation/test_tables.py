@@ -110,6 +110,24 @@ def test_a_readme_that_cannot_be_filled_stays_as_it_is(
     assert tables.main([str(home / "absent.md")]) == 2
 
 
+def test_a_marker_can_name_the_figures_to_show(home: Path) -> None:
+    readme = home / "README.md"
+    readme.write_text("<!-- table:trie trie/10m/build_s -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 0
+    text = readme.read_text()
+    assert "`trie/10m/build_s` | 71.25" in text and "bytes_per_item" not in text
+    assert tables.main([str(readme), "--check"]) == 0
+
+
+def test_a_marker_that_names_an_unknown_figure_is_refused(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = home / "README.md"
+    readme.write_text("<!-- table:trie trie/nothing -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 2
+    assert "no figure 'trie/nothing'" in capsys.readouterr().err
+
+
 def test_the_published_rows_that_ship_are_sound() -> None:
     files = sorted((REPOSITORY / "eval" / "published").glob("*.json"))
     assert {file.stem for file in files} >= {"beauty", "sports", "toys"}

@@ -7,7 +7,8 @@ becomes a list of its figures. Several seeds give mean ± standard deviation.
     python -m whyrec.evaluation.tables README.md            # fill in every marked table
     python -m whyrec.evaluation.tables README.md --check    # exit 1 when one is out of date
 
-A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`.
+A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`; figure keys behind the
+folder's name, `<!-- table:beam beam_cpu/1/ours_s -->`, show those alone, in that order.
 """
 
 import argparse
@@ -34,7 +35,9 @@ _MODELS = {  # in the order of the rows; other models come last under their own 
     "whyrec-think": "WhyRec, thinking",
     "whyrec-fused": "WhyRec, fused",
 }
-_MARKED = re.compile(r"(<!-- table:([\w./-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- table:([\w./-]+)((?: [\w./@-]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL
+)
 
 Cells = list[tuple[float, str]]  # value and text; nan for an empty cell
 
@@ -85,9 +88,18 @@ def fill(text: str, *, results: Path, published: Path) -> str:
             raise ValueError(f"{results / folder} holds no results; measure them first")
         rows = published / f"{folder}.json"
         known = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else None
-        return f"{match[1]}{render(records, known)}{match[4]}"
+        table = render([_only(entry, match[3].split()) for entry in records], known)
+        return f"{match[1]}{table}{match[5]}"
 
     return _MARKED.sub(replacement, text)
+
+
+def _only(entry: Mapping, keys: Sequence[str]) -> Mapping:
+    """The record with those figures alone, in that order; all of them without keys."""
+    missing = [key for key in keys if key not in entry["figures"]]
+    if missing:
+        raise ValueError(f"no figure {missing[0]!r} in {entry['name']}; measure it or unmark it")
+    return {**entry, "figures": {k: entry["figures"][k] for k in keys}} if keys else entry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,7 +197,7 @@ def _best(values: Sequence[float]) -> float:
 
 def _figure_list(values: Mapping[str, list[float]]) -> str:
     lines = ["| Figure | Value |", "|---|---:|"]
-    for key in sorted(values):
+    for key in values:
         if key.rsplit("/", 1)[-1] in ("low", "high"):
             continue
         found = values[key]
