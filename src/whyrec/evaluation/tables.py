@@ -95,11 +95,12 @@ def fill(text: str, *, results: Path, published: Path) -> str:
 
 
 def _only(entry: Mapping, keys: Sequence[str]) -> Mapping:
-    """The record with those figures alone, in that order; all of them without keys."""
-    missing = [key for key in keys if key not in entry["figures"]]
+    """The record with those figures alone, in that order; without keys all of them, sorted."""
+    figures = entry["figures"]
+    missing = [key for key in keys if key not in figures]
     if missing:
         raise ValueError(f"no figure {missing[0]!r} in {entry['name']}; measure it or unmark it")
-    return {**entry, "figures": {k: entry["figures"][k] for k in keys}} if keys else entry
+    return {**entry, "figures": {key: figures[key] for key in keys or sorted(figures)}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
