@@ -173,7 +173,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     )
     encoder = PromptEncoder(tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist())
     _check_context(model, encoder, recipe)
-    adapted = _adapted(model, recipe, token_ids=new_token_ids(vocabulary, tokenizer))
+    token_ids = new_token_ids(vocabulary, tokenizer)
+    adapted = _adapted(model, recipe, token_ids=token_ids)
     valid = dataset.examples("valid")
     if 0 < recipe.valid_users < len(valid):
         valid = valid.take(recipe.valid_users, seed=0)
@@ -208,7 +209,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 "warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0
             ),
             done=folder / ".warmup.safetensors",
-            token_ids=new_token_ids(vocabulary, tokenizer),
+            token_ids=token_ids,
         )
     summary = _train_mix(adapted, trainer, recipe, folder)
     if state.is_main_process:
