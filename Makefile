@@ -21,7 +21,7 @@ RUN := runs/ml-100k
 INDEX_FROM := --set checkpoint=$(CHECKPOINT)
 # A few real steps from the checkpoint; they are kept only if validation gets no worse.
 ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
-	--set batch_size=8 --set micro_batch_size=4 \
+	--set batch_tokens=1024 --set micro_batch_tokens=1024 \
 	--set evaluations=1 --set valid_users=64 --set replays=4 --set replay_tokens=24
 endif
 MODEL := $(RUN)/model/aligned

@@ -6,7 +6,6 @@ every file that was there before is there still, byte for byte.
 """
 
 import contextlib
-import copy
 import errno
 import gzip
 import io
@@ -22,12 +21,12 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import LEVEL_SIZES, text_vectors
+from conftest import LEVEL_SIZES, save_model, text_vectors
 from whyrec import stage
 from whyrec.catalog.dataset import Dataset, Item
 from whyrec.catalog.prepare import PrepareRecipe, prepare
 from whyrec.cli import main
-from whyrec.decode.model_folder import Settings, load_model_folder, save_model_folder
+from whyrec.decode.model_folder import load_model_folder
 from whyrec.evaluation import evaluate as evaluate_module
 from whyrec.prompting.encoder import item_text
 from whyrec.sid import index as index_module
@@ -64,14 +63,7 @@ def finished(extended, tmp_path_factory) -> Path:
         index(run, IndexRecipe(level_sizes=LEVEL_SIZES, collaborative_dim=0, iterations=5))
 
     def build(folder: Path) -> None:
-        save_model_folder(
-            folder,
-            model=copy.deepcopy(extended.model),
-            tokenizer=extended.tokenizer,
-            settings=Settings("aligned", "tiny", list(LEVEL_SIZES), max_history=8),
-            dataset_folder=run / "dataset",
-            sids_folder=run / "sids",
-        )
+        save_model(folder, run, extended)
 
     inputs = {"sids": run / "sids"}
     run_stage(run / "model" / "aligned", build, stage="align", config={"seed": 0}, inputs=inputs)
@@ -268,9 +260,11 @@ def _(world):
     return ("add-items", world.model, new)
 
 
-@refused("recipe with an unknown key", r"align\.yaml has the unknown key 'batchsize'.*'batch_size'")
+@refused(
+    "recipe with an unknown key", r"align\.yaml has the unknown key 'batchtokens'.*'batch_tokens'"
+)
 def _(world):
-    recipe = world.write("align.yaml", "epochs: 1\nbatchsize: 4\n")
+    recipe = world.write("align.yaml", "epochs: 1\nbatchtokens: 4\n")
     return ("align", "--run", world.run, "--recipe", recipe)
 
 
@@ -487,7 +481,7 @@ def test_training_that_meets_a_full_disk(world, backbone, rank, size) -> None:
     """Checkpoints and weights are written by libraries; the old model stays."""
     recipe = world.write(
         "align.yaml",
-        f"backbone: {backbone}\nlora_rank: {rank}\nmax_history: 4\nbatch_size: 4\nreplays: 0\n"
+        f"backbone: {backbone}\nlora_rank: {rank}\nmax_history: 4\nbatch_tokens: 512\nreplays: 0\n"
         "evaluations: 1\nvalid_users: 2\nbeam_width: 10\nmax_steps: 1\nwarmup_epochs: 0\n",
     )
     before = world.contents()

@@ -46,7 +46,7 @@ INDEX = ("--set", "level_sizes=[4, 4, 4]", "--set", "iterations=5")
 def align_options(backbone: Path, folder: Path) -> tuple:
     recipe = folder / "align.yaml"
     recipe.write_text(
-        f"backbone: {backbone}\nlora_rank: 2\nmax_history: 8\nbatch_size: 4\nreplays: 2\n"
+        f"backbone: {backbone}\nlora_rank: 2\nmax_history: 8\nbatch_tokens: 512\nreplays: 2\n"
         "replay_tokens: 2\nevaluations: 1\nvalid_users: 4\nbeam_width: 10\nepochs: 1\n"
     )
     return ("--recipe", recipe, "--set", "max_steps=2", "--set", "warmup_epochs=0")
@@ -145,6 +145,33 @@ def test_evaluate_prints_a_table_and_records_it(line, tmp_path) -> None:
         record | {"date": ""}
     )
     assert "ranking for test users" in ran.err  # the progress bar
+
+
+def test_evaluate_with_tiger_and_a_prior(line, tmp_path) -> None:
+    sasrec, tiger = tmp_path / "sasrec.yaml", tmp_path / "tiger.yaml"
+    sasrec.write_text("dim: 8\nlayers: 1\nheads: 1\nmax_length: 8\nepochs: 1\n")
+    tiger.write_text("dim: 8\nlayers: 1\nheads: 1\nmax_length: 8\nepochs: 1\nbeam_width: 10\n")
+    command = ("evaluate", line.model, "--run", line.run, "--sasrec", sasrec, "--tiger", tiger)
+    ran = whyrec(*command, "--prior", "auto")
+    assert ran.code == 0 and "weight of the prior, chosen on validation: " in ran.err
+    figures = json.loads((line.run / "eval" / "results.json").read_text())["figures"]
+    for name in ("tiger", "whyrec+prior"):
+        assert f"{figures[f'{name}/test/excluded/N@10']:.4f}" in ran.out
+    assert f"{figures['gain_over/tiger/test/excluded/N@10']:+.4f}" in ran.out
+    weight = figures["prior/weight"]
+    assert f"\nprior/weight {weight:.4g}\n" in ran.out
+    again = whyrec(*command, "--no-baselines", "--prior", weight)
+    assert again.code == 0 and "tiger" not in again.out
+    same = json.loads((line.run / "eval" / "results.json").read_text())["figures"]
+    assert same["whyrec+prior/test/kept/N@10"] == figures["whyrec+prior/test/kept/N@10"]
+
+
+def test_evaluate_language(line) -> None:
+    command = ("evaluate", line.model, "--run", line.run, "--no-baselines", "--users", 4)
+    ran = whyrec(*command, "--language")
+    assert ran.code == 0
+    for key in ("language/perplexity_ratio", "caption_all/category_accuracy"):
+        assert re.search(rf"^{key} \d", ran.out, re.MULTILINE), key
 
 
 def test_evaluate_without_baselines_on_valid(line) -> None:
@@ -249,6 +276,7 @@ def test_help_names_every_command(capsys) -> None:
         ["recommend", "model", "--user", "a", "--history", "b"],
         ["recommend", "model", "--history", "b", "-k", "ten"],
         ["evaluate", "model", "--run", "r", "--split", "train"],
+        ["evaluate", "model", "--run", "r", "--prior", "much"],
     ],
 )
 def test_a_command_that_cannot_be_parsed_exits_2_with_its_usage(arguments, capsys) -> None:

@@ -14,9 +14,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import LEVEL_SIZES, NUM_ITEMS, make_run
 from whyrec import Recommender
+from whyrec.backbone import packed_attention
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import load_adapter
@@ -39,8 +41,8 @@ def make_recipe(backbone: Path, **settings: object) -> AlignRecipe:
         "warmup_epochs": 1,
         "epochs": 3,
         "max_steps": 6,
-        "batch_size": 8,
-        "micro_batch_size": 4,
+        "batch_tokens": 512,
+        "micro_batch_tokens": 256,
         "captions": 0.2,
         "replays": 2,
         "replay_tokens": 4,
@@ -187,8 +189,8 @@ def test_a_planted_pattern_is_learnt(run, make_backbone) -> None:
         lr=5e-3,
         epochs=100,
         max_steps=80,
-        batch_size=24,
-        micro_batch_size=24,
+        batch_tokens=1024,
+        micro_batch_tokens=1024,
         captions=0.0,
         personas=0.0,
         replays=0,
@@ -360,6 +362,29 @@ def test_the_warm_up_moves_new_rows_alone(
     assert len(moved) == (1 if tied else 2)
     for rows in moved.values():
         assert rows.numel() and set(rows.tolist()) <= new
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_both_phases_attend_in_bf16_where_asked(run, backbone, monkeypatch, lora_rank) -> None:
+    """As on a GPU, whose attention kernel takes nothing else."""
+    arguments, attend = align_module._arguments, packed_attention.packed_attention
+    dtypes: list[torch.dtype] = []
+
+    def in_bf16(*settings, **named):
+        made = arguments(*settings, **named)
+        made.bf16 = True
+        made.mixed_precision = "bf16"
+        return made
+
+    def watched(module, query, key, value, *rest, **named):
+        if module.training:
+            dtypes.append(value.dtype)
+        return attend(module, query, key, value, *rest, **named)
+
+    monkeypatch.setattr(align_module, "_arguments", in_bf16)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, packed_attention.PACKED, watched)
+    align(run, make_recipe(backbone, lora_rank=lora_rank, max_steps=2, evaluations=1))
+    assert len(dtypes) > 8 and set(dtypes) == {torch.bfloat16}
 
 
 def test_a_history_beyond_the_context_is_refused(run, backbone) -> None:

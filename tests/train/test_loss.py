@@ -1,6 +1,7 @@
 """The loss against a loop over positions, for values and gradients."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from whyrec.backbone.lora import plain_model
 from whyrec.sid.trie import Trie
 from whyrec.train import loss as loss_module
 from whyrec.train.loss import SidLoss, attach_sid_loss
+from whyrec.train.packing import pack
 
 LEVELS = (4, 3, 5)
 CODES_NL = make_codes(LEVELS, num_items=17, seed=1)
@@ -25,8 +27,8 @@ def make(*, tied: bool = True, seed: int = 0) -> PreTrainedModel:
     return make_model(vocab_size=30 + sum(LEVELS) + 2, tied=tied, seed=seed)
 
 
-def make_batch(*, seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
-    """Rows of text and whole SIDs, some wanted and some not, of different lengths."""
+def make_examples(*, seed: int = 0, rows: int = 4) -> list[dict[str, list[int]]]:
+    """Text and whole SIDs, some wanted and some not, of different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high: int) -> int:
@@ -42,16 +44,19 @@ def make_batch(*, seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
                 piece = [3 + draw(27) for _ in range(1 + draw(5))]
             ids += piece
             labels += piece if draw(3) else [-100] * len(piece)
-        examples.append((ids, labels))
-    longest = max(len(ids) for ids, _ in examples) + 2
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
 
-    def padded(rows: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
-    return {
-        "input_ids": padded([ids for ids, _ in examples], PAD),
-        "labels": padded([labels for _, labels in examples], -100),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in examples], 0),
+def packed(examples: list[dict[str, list[int]]], *, trie: Trie = TRIE) -> dict[str, Any]:
+    """One row with some padding at its end, as the model takes it."""
+    tokens = sum(len(example["input_ids"]) for example in examples) + 3
+    longest = max(len(example["input_ids"]) for example in examples)
+    row = pack(
+        examples, tokens=tokens, longest=longest, vocabulary=VOCABULARY, trie=trie, pad_id=PAD
+    )
+    return {name: value for name, value in row.items() if name != "num_tokens"} | {
+        "longest": longest
     }
 
 
@@ -61,16 +66,18 @@ def legal_codes(before: list[int]) -> list[int]:
     return sorted({row[depth] for row in CODES_NL.tolist() if row[:depth] == before})
 
 
-def naive_loss(model: nn.Module, batch: dict[str, Tensor], *, smoothing: float) -> Tensor:
-    """One position after the other, over plain logits."""
-    logits_BTV = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+def naive_loss(
+    model: nn.Module, examples: list[dict[str, list[int]]], *, smoothing: float
+) -> Tensor:
+    """One example and one position after the other, over plain logits."""
     terms = []
-    for row, labels in enumerate(batch["labels"].tolist()):
-        ids = batch["input_ids"][row].tolist()
+    for example in examples:
+        ids, labels = example["input_ids"], example["labels"]
+        logits_TV = model(torch.tensor([ids])).logits[0]
         for t in range(1, len(labels)):
             if labels[t] == -100:
                 continue
-            logits_V = logits_BTV[row, t - 1]
+            logits_V = logits_TV[t - 1]
             levels = [
                 level
                 for level, offset in enumerate(VOCABULARY.offsets)
@@ -89,10 +96,14 @@ def naive_loss(model: nn.Module, batch: dict[str, Tensor], *, smoothing: float) 
 
 
 def losses(
-    model: nn.Module, batch: dict[str, Tensor], *, smoothing: float = 0.0, **extra: object
+    model: nn.Module,
+    examples: list[dict[str, list[int]]],
+    *,
+    smoothing: float = 0.0,
+    **extra: object,
 ) -> Tensor:
     attach_sid_loss(plain_model(model), SidLoss(VOCABULARY, TRIE, smoothing))
-    output = model(**batch, sid_loss=True, **extra)
+    output = model(**packed(examples), sid_loss=True, **extra)
     assert output.logits is None
     return output.loss
 
@@ -107,10 +118,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_value_and_gradients_equal_the_naive_loss(tied: bool, smoothing: float, seed: int) -> None:
-    model, batch = make(tied=tied, seed=seed), make_batch(seed=seed)
-    naive = naive_loss(model, batch, smoothing=smoothing)
+    model, examples = make(tied=tied, seed=seed), make_examples(seed=seed)
+    naive = naive_loss(model, examples, smoothing=smoothing)
     expected = gradients(model, naive)
-    loss = losses(model, batch, smoothing=smoothing)
+    loss = losses(model, examples, smoothing=smoothing)
     assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
     found = gradients(model, loss)
     assert found.keys() == expected.keys()
@@ -120,11 +131,11 @@ def test_value_and_gradients_equal_the_naive_loss(tied: bool, smoothing: float, 
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = make(), make_batch(rows=6)
-    whole = losses(model, batch, smoothing=0.1)
+    model, examples = make(), make_examples(rows=6)
+    whole = losses(model, examples, smoothing=0.1)
     expected = gradients(model, whole)
     monkeypatch.setattr(loss_module, "_CHUNK", 3)
-    chunked = losses(model, batch, smoothing=0.1)
+    chunked = losses(model, examples, smoothing=0.1)
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
     for name, gradient in gradients(model, chunked).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
@@ -132,13 +143,12 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_num_items_in_batch_is_the_divisor(as_tensor: bool) -> None:
-    """Micro-batches whose losses share one divisor add up to the loss of the batch."""
-    model, batch = make(), make_batch(rows=6)
-    whole = losses(model, batch)
-    count: int | Tensor = int((batch["labels"][:, 1:] != -100).sum())
+    """Rows whose losses share one divisor add up to the loss of the batch."""
+    model, examples = make(), make_examples(rows=6)
+    whole = losses(model, examples)
+    count: int | Tensor = sum(label != -100 for e in examples for label in e["labels"][1:])
     count = torch.tensor(count) if as_tensor else count
-    halves = [{name: t[rows] for name, t in batch.items()} for rows in ([0, 1, 2], [3, 4, 5])]
-    parts = [losses(model, half, num_items_in_batch=count) for half in halves]
+    parts = [losses(model, half, num_items_in_batch=count) for half in (examples[:3], examples[3:])]
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-5)
 
 
@@ -147,40 +157,38 @@ def test_forced_codes_cost_nothing_and_give_no_nan() -> None:
     model = make()
     trie = Trie.build(CODES_NL[:1], level_sizes=LEVELS)
     sid = VOCABULARY.encode(CODES_NL[0].tolist())
-    batch = {
-        "input_ids": torch.tensor([[5, *sid]]),
-        "labels": torch.tensor([[-100, *sid]]),
-        "attention_mask": torch.ones(1, 4, dtype=torch.long),
-    }
+    examples = [{"input_ids": [5, *sid], "labels": [-100, *sid]}]
     attach_sid_loss(model, SidLoss(VOCABULARY, trie, 0.1))
-    loss = model(**batch, sid_loss=True).loss
+    loss = model(**packed(examples, trie=trie), sid_loss=True).loss
     assert loss.item() == 0.0
     for name, gradient in gradients(model, loss).items():
         assert (gradient == 0).all(), name
 
 
-def test_a_batch_without_labels_is_no_nan() -> None:
-    model, batch = make(), make_batch()
-    batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = losses(model, batch)
+def test_a_row_without_labels_is_no_nan() -> None:
+    model, examples = make(), make_examples()
+    for example in examples:
+        example["labels"] = [-100] * len(example["labels"])
+    loss = losses(model, examples)
     assert loss.item() == 0.0
-    for gradient in gradients(model, loss).values() if loss.requires_grad else ():
+    for gradient in gradients(model, loss).values():
         assert torch.isfinite(gradient).all()
 
 
 def test_without_the_flag_the_model_is_itself() -> None:
-    model, batch = make(), make_batch()
+    model, examples = make(), make_examples()
+    ids = torch.tensor([examples[0]["input_ids"]])
     with torch.no_grad():
-        before = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        losses(model, batch)
-        after = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        before = model(ids).logits
+        losses(model, examples)
+        after = model(ids).logits
     assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_through_a_peft_model(tied: bool) -> None:
     """The adapters and the new rows are in the loss, and get its gradients."""
-    model, batch = make(tied=tied), make_batch()
+    model, examples = make(tied=tied), make_examples()
     rows = list(range(VOCABULARY.first, VOCABULARY.stop))
     names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     config = LoraConfig(
@@ -195,21 +203,21 @@ def test_through_a_peft_model(tied: bool) -> None:
     for name, parameter in adapted.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    loss = losses(adapted, batch, smoothing=0.1)
+    loss = losses(adapted, examples, smoothing=0.1)
     found = gradients(adapted, loss)
     assert any("lora_A" in name for name in found)
     assert any("trainable_tokens" in name for name in found)
     assert all(torch.isfinite(g).all() for g in found.values())
     assert all("lora_" in name or "trainable_tokens" in name for name in found)
-    naive = naive_loss(adapted.merge_and_unload(), batch, smoothing=0.1)
+    naive = naive_loss(adapted.merge_and_unload(), examples, smoothing=0.1)
     assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
 
 
 def test_dropout_only_in_training() -> None:
-    model, batch = make(), make_batch()
+    model, examples = make(), make_examples()
     attach_sid_loss(model, SidLoss(VOCABULARY, TRIE, dropout=0.5))
     with torch.no_grad():
-        quiet = {model(**batch, sid_loss=True).loss.item() for _ in range(3)}
+        quiet = {model(**packed(examples), sid_loss=True).loss.item() for _ in range(3)}
         model.train()
-        loud = {model(**batch, sid_loss=True).loss.item() for _ in range(3)}
+        loud = {model(**packed(examples), sid_loss=True).loss.item() for _ in range(3)}
     assert len(quiet) == 1 and len(loud) == 3 and all(map(math.isfinite, loud))

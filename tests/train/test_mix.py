@@ -4,13 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NUM_ITEMS, Extended
 from whyrec.prompting.encoder import IGNORED, item_text
-from whyrec.train.mix import AlignmentMix, BucketedOrder, MixSizes, collate
+from whyrec.train.mix import AlignmentMix, MixSizes
+from whyrec.train.packing import PackedOrder
 
 REPLIES = [("What is a tide?", "The sea, moved by the moon."), ("Hello <|im_end|>", "Hi")]
 
@@ -22,6 +22,8 @@ def make_mix(
     captions: float = 0.0,
     personas: float = 0.0,
     max_history: int = 4,
+    drop_events: float = 0.0,
+    jitter_events: float = 0.0,
     replies: list[tuple[str, str]] | None = None,
     epochs: int = 2,
     seed: int = 0,
@@ -31,7 +33,7 @@ def make_mix(
         items=extended.dataset.items,
         sequences=extended.dataset.training_sequences() if sequences is None else sequences,
         replies=replies or [],
-        sizes=MixSizes(captions, personas, max_history),
+        sizes=MixSizes(captions, personas, max_history, drop_events, jitter_events),
         epochs=epochs,
         seed=seed,
     )
@@ -99,6 +101,49 @@ def test_windows_move_from_epoch_to_epoch(extended: Extended) -> None:
         for epoch in epochs_of(mix)
     }
     assert len(starts) > 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(2, 12),
+    drop=st.sampled_from([0.0, 0.3, 0.9]),
+    jitter=st.sampled_from([0.0, 1.5, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_events_left_out_and_jittered(
+    extended: Extended, length: int, drop: float, jitter: float, seed: int
+) -> None:
+    sequence = np.arange(length, dtype=np.int32)
+    mix = make_mix(
+        extended,
+        sequences=[sequence],
+        max_history=20,
+        drop_events=drop,
+        jitter_events=jitter,
+        epochs=3,
+        seed=seed,
+    )
+    for index in range(len(mix)):
+        example = mix[index]
+        items = items_in(extended, example["input_ids"])
+        assert items == items_in(extended, mix[index]["input_ids"])  # drawn from the index alone
+        assert len(set(items)) == len(items) >= 2 and set(items) <= set(range(length))
+        assert items_in(extended, wanted(example)) == items
+        if drop == 0.0:
+            assert len(items) == length
+        ranks = np.argsort(np.argsort(items))
+        assert np.abs(ranks - np.arange(len(items))).max() <= np.ceil(jitter)
+        assert mix.length(index) == len(example["input_ids"])
+
+
+def test_every_epoch_leaves_out_other_events(extended: Extended) -> None:
+    sequence = np.arange(12, dtype=np.int32)
+    mix = make_mix(
+        extended, sequences=[sequence], max_history=20, drop_events=0.3, jitter_events=2, epochs=9
+    )
+    shown = [tuple(items_in(extended, mix[index]["input_ids"])) for index in range(len(mix))]
+    assert len(set(shown)) > 6
+    assert 0.5 < np.mean([len(items) for items in shown]) / 12 < 0.85
 
 
 def test_a_sequence_trains_its_history_and_its_reply_alone(extended: Extended) -> None:
@@ -179,7 +224,7 @@ def test_nothing_of_valid_or_test_is_shown(extended: Extended) -> None:
 def test_the_seed_decides_everything(extended: Extended) -> None:
     def all_of(seed: int) -> list[dict[str, list[int]]]:
         mix = make_mix(extended, captions=0.5, personas=0.5, replies=REPLIES, seed=seed)
-        return [mix[index] for index in BucketedOrder(mix, batch_size=4, seed=seed)]
+        return [mix[index] for row in PackedOrder(mix, tokens=400, seed=seed) for index in row]
 
     assert all_of(3) == all_of(3)
     assert all_of(3) != all_of(4)
@@ -200,61 +245,15 @@ def test_the_share_of_captions(extended: Extended, captions: float) -> None:
     assert most <= max(1, round(captions))
 
 
-@settings(max_examples=25, deadline=None)
-@given(batch_size=st.integers(1, 50), epochs=st.integers(1, 3), seed=st.integers(0, 99))
-def test_the_order_is_whole_batches_of_each_epoch(
-    extended: Extended, batch_size: int, epochs: int, seed: int
-) -> None:
-    mix = make_mix(extended, captions=1.0, personas=1.0, epochs=epochs, seed=seed)
-    order = BucketedOrder(mix, batch_size=batch_size, seed=seed)
-    indices = list(order)
-    assert indices == list(order) and len(indices) == len(order)
-    assert len(set(indices)) == len(indices)
-    position = 0
-    for epoch in epochs_of(mix):
-        expected = max(len(epoch) // batch_size, 1) * batch_size
-        part = indices[position : position + min(expected, len(epoch))]
-        assert all(index in epoch for index in part)
-        position += len(part)
-    assert position == len(indices)
-
-
-def test_batches_are_of_like_length_and_in_no_order_of_length(extended: Extended) -> None:
-    mix = make_mix(extended, captions=4.0, personas=1.0, epochs=1)
-    batch = 8
-    indices = list(BucketedOrder(mix, batch_size=batch, seed=0))
-    lengths = np.array([mix.length(i) for i in indices]).reshape(-1, batch)
-    shuffled = np.random.default_rng(0).permutation(lengths.flatten()).reshape(lengths.shape)
-    assert np.ptp(lengths, axis=1).mean() < 0.3 * np.ptp(shuffled, axis=1).mean()
-    means = lengths.mean(1)
-    assert (np.diff(means) < 0).any() and (np.diff(means) > 0).any()
-
-
-def test_lengths_are_about_right(extended: Extended) -> None:
-    """The order of lengths within a task is what bucketing needs."""
+@pytest.mark.parametrize("max_history", [4, 50])
+def test_no_example_is_longer_than_its_length(extended: Extended, max_history: int) -> None:
     mix = make_mix(
-        extended,
-        sequences=[np.arange(n, dtype=np.int32) for n in range(2, 20)],
-        max_history=50,
-        epochs=1,
+        extended, captions=4.0, personas=1.0, replies=REPLIES, max_history=max_history, epochs=2
     )
-    guessed = [mix.length(i) for i in range(len(mix))]
-    rendered = [len(mix[i]["input_ids"]) for i in range(len(mix))]
-    assert len({r - g for g, r in zip(guessed, rendered, strict=True)}) == 1
-
-
-def test_collate_pads_on_the_right() -> None:
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": list(range(1, 10)), "labels": list(range(1, 10))},
-    ]
-    batch = collate(rows, pad_id=99)
-    assert {name: tuple(t.shape) for name, t in batch.items()} == {
-        "input_ids": (2, 16),
-        "labels": (2, 16),
-        "attention_mask": (2, 16),
-    }
-    assert batch["input_ids"][0].tolist() == [5, 6, 7] + [99] * 13
-    assert batch["labels"][0].tolist() == [-100, 6, 7] + [-100] * 13
-    assert batch["attention_mask"].sum(1).tolist() == [3, 9]
-    assert all(t.dtype == torch.int64 for t in batch.values())
+    for index in range(len(mix)):
+        task, _, _ = mix._plan[index]
+        rendered = len(mix[index]["input_ids"])
+        if task in ("sequence", "replay"):
+            assert mix.length(index) == rendered
+        else:  # the longest paraphrase is reckoned with
+            assert rendered <= mix.length(index) <= rendered + 8

@@ -107,15 +107,21 @@ class BeamDecoder:
 
     @torch.no_grad()
     def prefill(
-        self, prompts: Sequence[Sequence[int]], *, width: int, searches: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        width: int,
+        searches: int = 1,
+        other_slots: int = 0,
     ) -> Prefilled:
         """Compute the prompts' keys and values once.
 
         Args:
-            prompts: token ids of each user's prompt, ending in `<|sid_begin|>`.
-            width: the greatest width that will be searched from here.
+            prompts: token ids of each user's prompt, ending in `<|sid_begin|>` for a search.
+            width: the greatest width that will be searched from here; 0 for no search.
             searches: how many searches of that width shall share the prefixes they visit; more
                 are right too, only slower.
+            other_slots: room behind each prompt for tokens other than a beam's, such as thoughts.
         """
         lengths = [len(prompt) for prompt in prompts]
         ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
@@ -124,7 +130,7 @@ class BeamDecoder:
         ids_UP = torch.from_numpy(ids).to(self.device)
         lengths_U = torch.tensor(lengths, device=self.device)
         num_users, num_slots = ids_UP.shape
-        tree_slots = width * (self.trie.num_levels - 1) * searches
+        tree_slots = width * (self.trie.num_levels - 1) * searches + other_slots
         store = KeyValueStore(lengths_U, num_slots, capacity=num_slots + tree_slots)
         positions_UP = torch.arange(num_slots, device=self.device).expand(num_users, -1)
         shared = _shared_prefix(ids, min(lengths))

@@ -13,7 +13,7 @@ from whyrec.prompting.encoder import PromptEncoder
 
 # Prompt tokens of a batch: enough to fill the device, little enough for its memory; on a CPU so
 # few that the layers' activations nearly stay in the cache.
-_BATCH_TOKENS = {"cpu": 2_048, "cuda": 131_072}
+_BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,38 @@ def rank_histories(
         One `Ranking` for each entry of `exclude_history`, in the order of `histories`.
     """
     prompts = [encoder.recommendation_prompt(h[-max_history:].tolist()) for h in histories]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    rankings = [
-        Ranking(
-            np.full((len(prompts), width), -1, dtype=np.int64),
-            np.full((len(prompts), width), -np.inf, dtype=np.float32),
-        )
-        for _ in exclude_history
-    ]
+    return rank_prompts(
+        decoder,
+        prompts,
+        histories,
+        width=width,
+        exclude_history=exclude_history,
+        progress=progress,
+    )
+
+
+def rank_prompts(
+    decoder: BeamDecoder,
+    prompts: Sequence[Sequence[int]],
+    histories: Sequence[np.ndarray],
+    *,
+    width: int,
+    exclude_history: Sequence[bool] = (True,),
+    progress: str = "",
+) -> list[Ranking]:
+    """Rank the catalogue after each prompt, as `rank_histories` does after its own.
+
+    Args:
+        decoder: beam search of the model.
+        prompts: token ids, each ending in `<|sid_begin|>`.
+        histories: what is excluded where that is asked for.
+        width, exclude_history, progress: as for `rank_histories`.
+    """
+    rankings = [no_ranking(len(prompts), width=width) for _ in exclude_history]
     bar = tqdm(
         total=len(prompts), desc=progress, unit="user", disable=not progress, file=sys.stderr
     )
-    for batch in _batches(order, [len(p) for p in prompts], _BATCH_TOKENS[decoder.device.type]):
+    for batch in batches([len(p) for p in prompts], device=decoder.device.type):
         prefilled = decoder.prefill(
             [prompts[i] for i in batch], width=width, searches=len(rankings)
         )
@@ -80,12 +100,25 @@ def rank_histories(
     return rankings
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut `order` (longest first) into batches of at most `budget` padded tokens."""
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(index)
+def no_ranking(num_histories: int, *, width: int) -> Ranking:
+    """Rankings that hold nothing yet."""
+    return Ranking(
+        np.full((num_histories, width), -1, dtype=np.int64),
+        np.full((num_histories, width), -np.inf, dtype=np.float32),
+    )
+
+
+def batches(lengths: Sequence[int], *, device: str) -> list[list[int]]:
+    """Places of `lengths`, longest first, in batches that a kind of device can take.
+
+    Args:
+        lengths: tokens of each row, padded to the longest of its batch.
+        device: `cpu` or `cuda`.
+    """
+    budget, found = _BATCH_TOKENS[device], list[list[int]]()
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) <= budget:
+            found[-1].append(index)
         else:
-            batches.append([index])
-    return batches
+            found.append([index])
+    return found

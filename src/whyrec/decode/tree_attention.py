@@ -11,13 +11,13 @@ of its own for the length of one call. Dimensions: U users, T new tokens a user,
 S slots in use, H query heads, J key/value heads, E head size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+
+from whyrec.backbone.packed_attention import attention_of
 
 _NAME = "whyrec_tree"
 
@@ -131,17 +131,6 @@ def check_supported(model: PreTrainedModel) -> None:
         )
 
 
-@contextmanager
-def _attention_of(model: PreTrainedModel) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def run(
     model: PreTrainedModel,
     ids_UT: Tensor,
@@ -161,7 +150,7 @@ def run(
             all users or one a user. None for whole right-padded prompts.
     """
     store.mask_UTS = mask_UTS
-    with _attention_of(model):
+    with attention_of(model, _NAME):
         output = model.base_model(
             input_ids=ids_UT, position_ids=positions_UT, use_cache=False, tree_store=store
         )

@@ -242,6 +242,12 @@ class Trie:
             nodes = self._step(nodes, codes[..., level], self.fan_outs[level])
         return nodes
 
+    def fan_out(self, nodes: Tensor) -> Tensor:
+        """Number of children of internal nodes [...]: int32 [...]; 0 for a dead node."""
+        parent = torch.where(nodes >= 0, nodes, 0)
+        counts = self.first_child[parent + 1] - self.first_child[parent]
+        return torch.where(nodes >= 0, counts, 0)
+
     def leaf_range(self, nodes: Tensor, *, level: int) -> tuple[Tensor, Tensor]:
         """Half-open range of leaf ranks under nodes [...] of depth `level`: int64 low, high [...].
 

@@ -40,12 +40,16 @@ class SidVocabulary:
             and so are the levels.
         begin: token id of `<|sid_begin|>`.
         end: token id of `<|sid_end|>`.
+        think_begin, think_end: token ids of `<think>` and `</think>`; -1 in a vocabulary that has
+            no words to think in.
     """
 
     level_sizes: tuple[int, ...]
     offsets: tuple[int, ...]
     begin: int
     end: int
+    think_begin: int = -1
+    think_end: int = -1
 
     @staticmethod
     def tokens(level_sizes: Sequence[int]) -> list[str]:
@@ -74,7 +78,7 @@ class SidVocabulary:
             )
         starts = [sum(sizes[:level]) for level in range(len(sizes))]
         offsets = tuple(codes[0] + start for start in starts)
-        return cls(sizes, offsets, begin=ids[0], end=ids[1])
+        return cls(sizes, offsets, *ids[: len(MARKERS)])
 
     @property
     def num_levels(self) -> int:

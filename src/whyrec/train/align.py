@@ -39,6 +39,7 @@ from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
+from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_replies
 from whyrec.train.trainer import BEST_METRIC, AlignTrainer, processes, say
 from whyrec.train.warmup import warm_up
@@ -62,12 +63,15 @@ class AlignRecipe:
         max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
         lr: learning rate of the mix (cosine schedule).
         weight_decay: of AdamW.
-        batch_size: sequences of an optimizer step, over all processes.
-        micro_batch_size: sequences of a forward pass of one process at most.
+        batch_tokens: tokens of an optimizer step, over all processes.
+        micro_batch_tokens: tokens of a forward pass of one process at most.
+        compile: compile the model's blocks; on a GPU only.
         label_smoothing: over the legal codes of a SID target.
         dropout: on input embeddings and last hidden states.
         captions: share of the catalogue captioned, and looked up, each epoch.
         personas: share of the users told as a story each epoch.
+        drop_events: share of a sequence's events left out, others each epoch.
+        jitter_events: places that events may change against each other, at most, each epoch.
         replays: general prompts replayed each epoch.
         replay_tokens: tokens of a replayed reply at most.
         evaluations: validations during the mix.
@@ -90,12 +94,15 @@ class AlignRecipe:
     max_steps: int = 0
     lr: float = 1e-3
     weight_decay: float = 0.01
-    batch_size: int = 32
-    micro_batch_size: int = 8
+    batch_tokens: int = 8192
+    micro_batch_tokens: int = 32768
+    compile: bool = True
     label_smoothing: float = 0.1
     dropout: float = 0.1
     captions: float = 0.5
     personas: float = 0.2
+    drop_events: float = 0.0
+    jitter_events: float = 0.0
     replays: int = 64
     replay_tokens: int = 64
     evaluations: int = 10
@@ -186,20 +193,36 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             items=dataset.items,
             sequences=dataset.training_sequences(),
             replies=replies,
-            sizes=MixSizes(recipe.captions, recipe.personas, recipe.max_history),
+            sizes=MixSizes(
+                recipe.captions,
+                recipe.personas,
+                recipe.max_history,
+                recipe.drop_events,
+                recipe.jitter_events,
+            ),
             epochs=settings.pop("epochs"),
             seed=recipe.seed,
         )
-        say(f"align, {phase}: {len(mix)} examples, {mix.tasks()}")
+        micro_tokens, accumulated = _row_tokens(recipe)
+        order = PackedOrder(mix, tokens=micro_tokens, seed=recipe.seed)
+        say(f"align, {phase}: {len(mix)} examples in {len(order)} rows, {mix.tasks()}")
         return AlignTrainer(
             adapted,
-            args=_arguments(recipe, folder / f".{phase}", num_examples=len(mix), **settings),
+            args=_arguments(
+                recipe,
+                folder / f".{phase}",
+                num_rows=len(order),
+                accumulated=accumulated,
+                **settings,
+            ),
             mix=mix,
+            order=order,
             encoder=encoder,
             sid_loss=sid_loss,
             valid=valid,
             beam_width=recipe.beam_width,
             max_history=recipe.max_history,
+            compiled=recipe.compile,
         )
 
     if recipe.warmup_epochs and not recipe.checkpoint:
@@ -244,33 +267,39 @@ def _adapted(model: PreTrainedModel, recipe: AlignRecipe, *, token_ids: list[int
     )
 
 
+def _row_tokens(recipe: AlignRecipe) -> tuple[int, int]:
+    """Tokens of one row, and how many rows a process trains on before an optimizer step."""
+    many = processes().num_processes
+    share = recipe.batch_tokens // many
+    accumulated = -(-share // recipe.micro_batch_tokens)
+    if share * many != recipe.batch_tokens or share % accumulated:
+        raise ValueError(
+            f"batch_tokens {recipe.batch_tokens} cannot be cut into equal rows of at most "
+            f"{recipe.micro_batch_tokens} tokens on {many} processes; make it a multiple of both"
+        )
+    return share // accumulated, accumulated
+
+
 def _arguments(
     recipe: AlignRecipe,
     folder: Path,
     *,
-    num_examples: int,
+    num_rows: int,
+    accumulated: int,
     lr: float,
     evaluations: int,
     max_steps: int = 0,
 ) -> SFTConfig:
     """TRL's configuration of one phase; the global batch is the same on any number of processes."""
-    many = processes().num_processes
-    share = max(recipe.batch_size // many, 1)
-    if share * many != recipe.batch_size:
-        raise ValueError(
-            f"batch_size {recipe.batch_size} cannot be shared by {many} processes; "
-            "make it a multiple of their number"
-        )
-    micro = next(m for m in range(min(recipe.micro_batch_size, share), 0, -1) if share % m == 0)
-    steps = max(num_examples // recipe.batch_size, 1)
+    steps = max(num_rows // (accumulated * processes().num_processes), 1)
     steps = min(steps, max_steps) if max_steps else steps
     every = max(steps // max(evaluations, 1), 1)
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulated,
         learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -281,6 +310,8 @@ def _arguments(
         use_cpu=not on_gpu,
         gradient_checkpointing=False,
         max_length=None,
+        accelerator_config={"even_batches": False},  # rows hold different numbers of examples
+        logging_nan_inf_filter=False,  # it makes the host wait for the GPU at every step
         remove_unused_columns=False,
         dataloader_num_workers=4 if on_gpu else 0,
         eval_strategy="steps" if evaluations else "no",
@@ -327,7 +358,8 @@ def _train_mix(
         "start": start,
         "best_checkpoint_step": mix.state.best_global_step,
         "train_seconds": result.metrics["train_runtime"],
-        "trained_tokens": mix._total_train_tokens,
+        "evaluation_seconds": mix.evaluation_seconds,
+        "trained_tokens": mix.trained_tokens,
         "log": mix.state.log_history,
     }
 

@@ -6,15 +6,18 @@ searches and samples, so no capacity goes into learning which codes exist, and a
 nothing. It is also much cheaper: K rows of the head instead of 49 thousand, for the positions that
 want a loss and no others (the logits of the rest are never computed).
 
-    loss = (Σ text NLL + Σ SID NLL) / number of labels
+    loss = (text_weight · Σ text NLL + Σ SID NLL) / number of labels
 
 The loss runs inside the model's own `forward`, as TRL's fused head does, so that DDP and FSDP
 hooks, which gather parameters around `forward`, see it.
 
-Dimensions: B sequences, T tokens, M positions of one kind, K codes of a level, D hidden size.
+A batch is one packed row (`whyrec.train.packing`), which also says where the losses are.
+
+Dimensions: T tokens, M positions of one kind, K codes of a level, D hidden size.
 """
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from whyrec.backbone.packed_attention import PACKED, attention_of
 from whyrec.prompting.encoder import IGNORED
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
@@ -40,50 +44,48 @@ class SidLoss:
         trie: the catalogue's SIDs, on the device of the model.
         label_smoothing: probability mass spread evenly over the legal codes of a SID target.
         dropout: on the input embeddings and on the last hidden states, in training.
+        text_weight: of a text token's loss; a code's is 1.
     """
 
     vocabulary: SidVocabulary
     trie: Trie
     label_smoothing: float = 0.0
     dropout: float = 0.0
+    text_weight: float = 1.0
 
     def total(
-        self, hidden_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, head_VD: Tensor
+        self,
+        hidden_TD: Tensor,
+        labels_T: Tensor,
+        head_VD: Tensor,
+        *,
+        text_positions: Tensor,
+        sid_positions: Sequence[Tensor],
+        sid_nodes: Sequence[Tensor],
     ) -> Tensor:
         """Sum of the next-token losses over all labels, in float32.
 
         Args:
-            hidden_BTD: last hidden states.
-            ids_BT: the tokens that were read.
-            labels_BT: the tokens to predict, unshifted; -100 where no loss is wanted.
+            hidden_TD: last hidden states.
+            labels_T: the tokens to predict, unshifted.
             head_VD: the language-model head.
+            text_positions: [M], positions whose next token is wanted text.
+            sid_positions: by level [M], positions whose next token is a wanted code.
+            sid_nodes: by level [M], the trie nodes before those codes.
         """
-        targets_BT = labels_BT[:, 1:]
-        is_sid_BT = (targets_BT >= self.vocabulary.first) & (targets_BT < self.vocabulary.stop)
-        is_text_BT = (targets_BT != IGNORED) & ~is_sid_BT
-        hidden_BTD = hidden_BTD[:, :-1]
-
-        loss = _text_nll(hidden_BTD[is_text_BT], targets_BT[is_text_BT], head_VD)
-        rows_B, columns_T = is_sid_BT.nonzero(as_tuple=True)
-        sid_targets_M = targets_BT[rows_B, columns_T]
+        targets_T = labels_T.roll(-1)
+        text_loss = _text_nll(hidden_TD[text_positions], targets_T[text_positions], head_VD)
+        loss = self.text_weight * text_loss
         for level, offset in enumerate(self.vocabulary.offsets):
-            size = self.vocabulary.level_sizes[level]
-            here = (sid_targets_M >= offset) & (sid_targets_M < offset + size)
-            row_M, column_M = rows_B[here], columns_T[here]
-            nodes_M = self._nodes(ids_BT, row_M, column_M, level)
-            logits_MK = (hidden_BTD[row_M, column_M] @ head_VD[offset : offset + size].T).float()
+            here_M, nodes_M = sid_positions[level], sid_nodes[level]
+            if len(here_M) == 0:
+                continue
+            rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
+            logits_MK = (hidden_TD[here_M] @ rows_KD.T).float()
             loss = loss + self._sid_nll(
-                logits_MK, sid_targets_M[here] - offset, self.trie.mask(nodes_M, level=level)
+                logits_MK, targets_T[here_M] - offset, self.trie.mask(nodes_M, level=level)
             )
         return loss
-
-    def _nodes(self, ids_BT: Tensor, row_M: Tensor, column_M: Tensor, level: int) -> Tensor:
-        """Trie nodes of the codes just before each target; a target's SID is always whole."""
-        nodes_M = torch.zeros_like(row_M)
-        for depth in range(level):
-            token_M = ids_BT[row_M, column_M - (level - 1 - depth)]
-            nodes_M = self.trie.step(nodes_M, token_M - self.vocabulary.offsets[depth])
-        return nodes_M
 
     def _sid_nll(self, logits_MK: Tensor, codes_M: Tensor, legal_MK: Tensor) -> Tensor:
         log_probs_MK = logits_MK.masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
@@ -100,7 +102,7 @@ def _text_nll(hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:
     The logits, 49 thousand a position, are made in chunks and made again in the backward pass:
     kept, those of one batch of captions fill a GPU.
     """
-    total = hidden_MD.new_zeros((), dtype=torch.float32)
+    total = hidden_MD[:0].float().sum()  # a zero that has gradients, for rows without text
     for start in range(0, len(targets_M), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         total = total + checkpoint(
@@ -137,18 +139,38 @@ def _forward_with_loss(
     sid_loss: SidLoss,
     input_ids: Tensor,
     *,
-    attention_mask: Tensor,
     labels: Tensor,
+    position_ids: Tensor,
+    document_starts: Tensor,
+    longest: int,
+    text_positions: Tensor,
+    sid_positions: Sequence[Tensor],
+    sid_nodes: Sequence[Tensor],
     num_items_in_batch: Tensor | int | None = None,
     **_: object,  # PEFT passes every argument of a causal LM on, as None
 ) -> CausalLMOutput:
-    embedded_BTD = model.get_input_embeddings()(input_ids)
-    embedded_BTD = F.dropout(embedded_BTD, sid_loss.dropout, training=model.training)
-    hidden_BTD = model.base_model(
-        inputs_embeds=embedded_BTD, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
-    hidden_BTD = F.dropout(hidden_BTD, sid_loss.dropout, training=model.training)
+    embedded_1TD = model.get_input_embeddings()(input_ids)
+    if torch.is_autocast_enabled(embedded_1TD.device.type):
+        # The residual stream in bf16: half the traffic of what bounds a small model's speed.
+        embedded_1TD = embedded_1TD.to(torch.get_autocast_dtype(embedded_1TD.device.type))
+    embedded_1TD = F.dropout(embedded_1TD, sid_loss.dropout, training=model.training)
+    with attention_of(model, PACKED):
+        hidden_1TD = model.base_model(
+            inputs_embeds=embedded_1TD,
+            position_ids=position_ids,
+            use_cache=False,
+            document_starts=document_starts,
+            longest=longest,
+        ).last_hidden_state
+    hidden_1TD = F.dropout(hidden_1TD, sid_loss.dropout, training=model.training)
     head_VD = model.get_output_embeddings().weight
-    total = sid_loss.total(hidden_BTD, input_ids, labels, head_VD.to(hidden_BTD.dtype))
+    total = sid_loss.total(
+        hidden_1TD[0],
+        labels[0],
+        head_VD.to(hidden_1TD.dtype),
+        text_positions=text_positions,
+        sid_positions=sid_positions,
+        sid_nodes=sid_nodes,
+    )
     count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=total / torch.as_tensor(count, device=total.device).clamp(min=1))

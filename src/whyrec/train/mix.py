@@ -4,7 +4,8 @@ Tasks (OneRec-Think, arXiv 2510.11639, §3.1):
 
 * sequence: a user's history as SIDs; every item of it is predicted from those before it, and the
   next one after the question. Long histories are cut into windows, at an offset that is drawn
-  anew each epoch.
+  anew each epoch. Leaving events out and jittering their order shows pairs that do not follow
+  one another, as counts of co-visitation do, and never the same example twice.
 * caption and lookup: SID → text and text → SID.
 * persona: a user's story, SIDs beside titles and categories.
 * replay: general prompts with the backbone's own replies.
@@ -13,13 +14,11 @@ Everything is drawn from (seed, epoch, index) alone, so that a resumed run and a
 processes see the very same examples in the same order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from torch.utils.data import Sampler
 
 from whyrec.catalog.dataset import Item
 from whyrec.prompting.encoder import Example, PromptEncoder, item_text
@@ -37,11 +36,16 @@ class MixSizes:
         captions: share of the catalogue that is captioned, and looked up, in an epoch.
         personas: share of the users whose story is told.
         max_history: items of a history at most.
+        drop_events: share of a sequence's events that is left out, others each epoch.
+        jitter_events: how many places events may change against each other, at most; an order
+            that is drawn anew each epoch, and how much it may change too.
     """
 
     captions: float
     personas: float
     max_history: int
+    drop_events: float = 0.0
+    jitter_events: float = 0.0
 
 
 class AlignmentMix:
@@ -77,6 +81,9 @@ class AlignmentMix:
         self._align = load_templates("align")
         self._general_system = load_templates("general")["system"]
         self.epoch_starts = [0]
+        self._frame_tokens = self._frames()
+        event = encoder.render(self._align["event"], sid=[], text=[])
+        self._event_frame = sum(len(piece) for piece in event)
         self._plan: list[tuple[Task, int, int]] = []
         for epoch in range(epochs):
             self._plan += self._epoch_plan(epoch)
@@ -86,11 +93,10 @@ class AlignmentMix:
         return len(self._plan)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        task, subject, start = self._plan[index]
-        rng = np.random.default_rng((self.seed, index))
+        task, subject, _ = self._plan[index]
+        rng = self._rng(index)
         if task == "sequence":
-            stop = start + self.sizes.max_history + 1
-            example = self._sequence(self.sequences[subject][max(start, 0) : stop])
+            example = self._sequence(self._window(index))
         elif task == "persona":
             example = self._persona(self.sequences[subject], rng)
         elif task == "replay":
@@ -100,20 +106,43 @@ class AlignmentMix:
         return {"input_ids": example.input_ids, "labels": example.labels}
 
     def length(self, index: int) -> int:
-        """About how many tokens an example has, without rendering it."""
-        task, subject, start = self._plan[index]
+        """At most how many tokens an example has, without rendering it.
+
+        Exact for sequences and replays; for the rest the longest paraphrase is reckoned with.
+        """
+        task, subject, _ = self._plan[index]
         levels = self.encoder.vocabulary.num_levels
+        if task == "replay":
+            return len(self._replay(*self.replies[subject]).input_ids)
         if task == "sequence":
-            stop = min(start + self.sizes.max_history + 1, len(self.sequences[subject]))
-            return levels * (stop - max(start, 0))
+            return self._frame_tokens[task] + levels * len(self._window(index))
         if task == "persona":
-            return _PERSONA_EVENTS * (levels + 14)
-        return 64 if task == "replay" else levels + len(self._texts[subject])
+            events = self._persona_events(self.sequences[subject], self._rng(index))
+            return self._frame_tokens[task] + sum(self._event_tokens(item) for item in events)
+        return self._frame_tokens[task] + levels + 2 + len(self._texts[subject])
+
+    def _frames(self) -> dict[str, int]:
+        """By task, tokens of an example besides its items and their texts, at most."""
+        encoder, nothing = self.encoder, np.zeros(2, dtype=np.int32)
+        frames = {"sequence": len(self._sequence(nothing).input_ids) - 2 * len(encoder.item(0))}
+        for task in ("caption", "lookup", "persona"):
+            empty: dict[str, list[int]] = {"sid": [], "text": [], "events": []}
+            questions = range(len(self._align[f"{task}_user"]))
+            frames[task] = max(
+                len(self._dialogue(task, question, **empty).input_ids) for question in questions
+            )
+        return frames
+
+    def _event_tokens(self, item: int) -> int:
+        return self._event_frame + self.encoder.vocabulary.num_levels + 2 + len(self._texts[item])
 
     def tasks(self) -> dict[str, int]:
         """Number of examples by task, over all epochs."""
         names = [task for task, _, _ in self._plan]
         return {task: names.count(task) for task in sorted(set(names))}
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, index))
 
     def _epoch_plan(self, epoch: int) -> list[tuple[Task, int, int]]:
         rng = np.random.default_rng((self.seed, epoch, 1))
@@ -138,6 +167,21 @@ class AlignmentMix:
         plan += [("replay", reply, 0) for reply in range(len(self.replies))]
         return plan
 
+    def _window(self, index: int) -> np.ndarray:
+        """The events of a sequence example, some left out and some out of order where asked."""
+        _, user, start = self._plan[index]
+        sizes = self.sizes
+        window = self.sequences[user][max(start, 0) : start + sizes.max_history + 1]
+        if not (sizes.drop_events or sizes.jitter_events):
+            return window
+        rng = self._rng(index)
+        kept = np.flatnonzero(rng.random(len(window)) >= sizes.drop_events)
+        window = window[kept] if len(kept) >= 2 else window[-2:]
+        places = np.arange(len(window)) + rng.random() * sizes.jitter_events * rng.random(
+            len(window)
+        )
+        return window[np.argsort(places, kind="stable")]
+
     def _sequence(self, window: np.ndarray) -> Example:
         encoder, recommend = self.encoder, self.encoder.recommend
         frame = encoder.frame(recommend["system"])
@@ -152,16 +196,19 @@ class AlignmentMix:
 
     def _caption(self, task: Task, item: int, rng: np.random.Generator) -> Example:
         slots = {"sid": self.encoder.sid(item), "text": self._texts[item]}
-        return self._dialogue(task, rng, **slots)
+        return self._dialogue(task, self._draw_question(task, rng), **slots)
+
+    def _persona_events(self, sequence: np.ndarray, rng: np.random.Generator) -> list[int]:
+        start = int(rng.integers(0, max(1, len(sequence) - _PERSONA_EVENTS + 1)))
+        return sequence[start : start + _PERSONA_EVENTS].tolist()
 
     def _persona(self, sequence: np.ndarray, rng: np.random.Generator) -> Example:
-        start = int(rng.integers(0, max(1, len(sequence) - _PERSONA_EVENTS + 1)))
         events: list[int] = []
-        for item in sequence[start : start + _PERSONA_EVENTS].tolist():
+        for item in self._persona_events(sequence, rng):
             slots = {"sid": self.encoder.sid(item), "text": self._texts[item]}
             for piece in self.encoder.render(self._align["event"], **slots):
                 events += piece
-        return self._dialogue("persona", rng, events=events)
+        return self._dialogue("persona", self._draw_question("persona", rng), events=events)
 
     def _replay(self, prompt: str, reply: str) -> Example:
         frame = self.encoder.frame(self._general_system)
@@ -169,68 +216,16 @@ class AlignmentMix:
         answered = [*self.encoder.text(reply), *frame.after_reply[:1]]
         return Example().add(asked, trained=False).add(answered, trained=True)
 
-    def _dialogue(self, task: str, rng: np.random.Generator, **slots: list[int]) -> Example:
-        """A question drawn from the task's paraphrases, and a reply that is trained whole."""
-        questions = self._align[f"{task}_user"]
-        question = questions[int(rng.integers(len(questions)))]
+    def _draw_question(self, task: str, rng: np.random.Generator) -> int:
+        return int(rng.integers(len(self._align[f"{task}_user"])))
+
+    def _dialogue(self, task: str, question: int, **slots: list[int]) -> Example:
+        """One of a task's paraphrases as the question, and a reply that is trained whole."""
         frame = self.encoder.frame(self._align["system"])
         example = Example().add(frame.before_user, trained=False)
-        for piece in self.encoder.render(question, **slots):
+        for piece in self.encoder.render(self._align[f"{task}_user"][question], **slots):
             example.add(piece, trained=False)
         example.add(frame.before_reply, trained=False)
         for piece in self.encoder.render(self._align[f"{task}_assistant"], **slots):
             example.add(piece, trained=True)
         return example.add(frame.after_reply[:1], trained=True)
-
-
-class BucketedOrder(Sampler[int]):
-    """Each epoch's examples in batches of like length, the batches in random order.
-
-    The order is a function of (seed, epoch): every process and every resumed run has the same one.
-    """
-
-    def __init__(self, mix: AlignmentMix, *, batch_size: int, seed: int) -> None:
-        self.mix, self.batch_size, self.seed = mix, batch_size, seed
-
-    def __len__(self) -> int:
-        return sum(len(self._epoch(epoch)) for epoch in range(len(self.mix.epoch_starts) - 1))
-
-    def __iter__(self) -> Iterator[int]:
-        for epoch in range(len(self.mix.epoch_starts) - 1):
-            rng = np.random.default_rng((self.seed, epoch, 2))
-            indices = self._epoch(epoch)
-            # Sort within chunks of many batches only: whole-epoch sorting would mix too little.
-            chunk = 32 * self.batch_size
-            for begin in range(0, len(indices), chunk):
-                part = sorted(indices[begin : begin + chunk], key=self.mix.length)
-                batches = [
-                    part[b : b + self.batch_size] for b in range(0, len(part), self.batch_size)
-                ]
-                for batch in rng.permutation(len(batches)):
-                    yield from batches[int(batch)]
-
-    def _epoch(self, epoch: int) -> list[int]:
-        """The epoch's examples in random order, whole batches only.
-
-        What is left over (another part each epoch) is dropped: a short batch would shift all
-        later ones across their buckets.
-        """
-        start, stop = self.mix.epoch_starts[epoch : epoch + 2]
-        rng = np.random.default_rng((self.seed, epoch, 3))
-        whole = max((stop - start) // self.batch_size, 1) * self.batch_size
-        return [start + int(index) for index in rng.permutation(stop - start)[:whole]]
-
-
-def collate(examples: Sequence[dict[str, list[int]]], *, pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad a batch on the right, to a multiple of 8: input_ids, labels, attention_mask [B, T]."""
-    longest = -(-max(len(example["input_ids"]) for example in examples) // 8) * 8
-    batch = {
-        name: torch.full((len(examples), longest), fill)
-        for name, fill in (("input_ids", pad_id), ("labels", -100), ("attention_mask", 0))
-    }
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        batch["input_ids"][row, :length] = torch.tensor(example["input_ids"])
-        batch["labels"][row, :length] = torch.tensor(example["labels"])
-        batch["attention_mask"][row, :length] = 1
-    return batch

@@ -3,8 +3,11 @@
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +18,8 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerControl
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -27,23 +30,30 @@ from whyrec.decode.ranking import rank_histories
 from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.train.loss import SidLoss, attach_sid_loss
-from whyrec.train.mix import AlignmentMix, BucketedOrder, collate
+from whyrec.train.mix import AlignmentMix
+from whyrec.train.packing import PackedOrder, Row, pack
 
 BEST_METRIC = "eval_N@10"
 
 
 class AlignTrainer(SFTTrainer):
-    """Trains on an `AlignmentMix`; evaluates by ranking the catalogue for validation users.
+    """Trains on packed rows of a mix; evaluates by ranking the catalogue for validation users.
 
     Args:
         model: a causal LM, or a PEFT model around one.
         args: TRL's configuration.
         mix: the examples.
+        order: how they are packed into rows, of `row_tokens` tokens each.
         encoder: makes evaluation prompts.
         sid_loss: how the loss is taken.
         valid: validation examples.
         beam_width: of the evaluation.
         max_history: items of a history in a prompt.
+        compiled: compile the model's blocks, on a GPU.
+
+    Attributes:
+        trained_tokens: tokens trained on so far by this process and the others, no padding.
+        evaluation_seconds: time that evaluations took.
     """
 
     def __init__(
@@ -52,11 +62,13 @@ class AlignTrainer(SFTTrainer):
         *,
         args: SFTConfig,
         mix: AlignmentMix,
+        order: PackedOrder,
         encoder: PromptEncoder,
         sid_loss: SidLoss,
         valid: Examples,
         beam_width: int,
         max_history: int,
+        compiled: bool = False,
     ) -> None:
         # FSDP2 shards a model in place. A copy is sharded instead: `model`, the caller's, stays
         # whole for ranking and saving, and has the trained weights after every `train`.
@@ -68,7 +80,6 @@ class AlignTrainer(SFTTrainer):
                     "with recipes/accelerate/gpus.yaml, which keeps the weights whole"
                 )
             model = copy.deepcopy(model.to("cpu"))
-        pad_id = encoder.tokenizer.pad_token_id
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         rows = Dataset.from_dict({"index": range(len(mix))})
         super().__init__(
@@ -78,30 +89,55 @@ class AlignTrainer(SFTTrainer):
             train_dataset=rows,
             # Trainer wants a data set before it evaluates; `evaluate` ranks `valid` instead.
             eval_dataset=rows,
-            data_collator=lambda batch: collate([mix[r["index"]] for r in batch], pad_id=pad_id),
+            data_collator=partial(
+                _render_row,
+                mix=mix,
+                tokens=order.tokens,
+                longest=order.longest,
+                vocabulary=encoder.vocabulary,
+                trie=sid_loss.trie.to("cpu"),
+                pad_id=encoder.tokenizer.pad_token_id,
+            ),
             processing_class=encoder.tokenizer,
         )
-        self.mix = mix
+        self.order = order
         self.encoder, self.sid_loss = encoder, sid_loss
         self.valid, self.beam_width, self.max_history = valid, beam_width, max_history
+        self.trained_tokens, self.evaluation_seconds = 0, 0.0
         attach_sid_loss(plain_model(self.model), sid_loss)
+        if compiled and self.args.device.type == "cuda":
+            _compile_blocks(plain_model(self.model))
 
-    def _get_train_sampler(self, train_dataset: object = None) -> Sampler[int]:
-        # The global batch, so that the order is the same on any number of processes.
-        batch_size = self.args.train_batch_size * self.args.world_size
-        batch_size *= self.args.gradient_accumulation_steps
-        return BucketedOrder(self.mix, batch_size=batch_size, seed=self.args.seed)
+    def get_train_dataloader(self) -> DataLoader:
+        return self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_sampler=self.order,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.device.type == "cuda",
+            )
+        )
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert not return_outputs, "the loss computes no logits"
-        outputs = model(**inputs, sid_loss=True, num_items_in_batch=num_items_in_batch)
-        self._total_train_tokens += int(inputs["input_ids"].numel()) * self.args.world_size
+        self.trained_tokens += inputs.pop("num_tokens") * self.args.world_size
+        # How many documents a row holds must not be a reason to compile again.
+        torch._dynamo.maybe_mark_dynamic(inputs["document_starts"], 0)
+        # Not left to Accelerate, whose wrapper around `forward` a second trainer loses.
+        with self.accelerator.autocast():
+            outputs = model(
+                **inputs,
+                longest=self.order.longest,
+                sid_loss=True,
+                num_items_in_batch=num_items_in_batch,
+            )
         # `num_items_in_batch` counts the labels of all processes, whose gradients DDP averages.
         many = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return outputs.loss * (self.accelerator.num_processes if many else 1)
@@ -113,7 +149,9 @@ class AlignTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Rank the catalogue for the validation users: R@5, N@5, R@10, N@10, history excluded."""
+        start = time.perf_counter()
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.rank_valid().items()}
+        self.evaluation_seconds += time.perf_counter() - start
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -128,7 +166,10 @@ class AlignTrainer(SFTTrainer):
         model.eval()
         decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.sid_loss.trie)
         mine = np.arange(self.args.process_index, len(self.valid), self.args.world_size)
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+        with (
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
+            torch.compiler.set_stance("force_eager"),  # prompts and beams have shapes of their own
+        ):
             (ranking,) = rank_histories(
                 decoder,
                 self.encoder,
@@ -174,7 +215,23 @@ class AlignTrainer(SFTTrainer):
             model.save_pretrained = save  # type: ignore[method-assign]
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        # Under FSDP the folder is made after Trainer looks whether the best checkpoint is there,
+        # so that a best one would be missed, on some processes only.
+        name = f"checkpoint-{self.state.global_step}"
+        Path(self.args.output_dir, name).mkdir(parents=True, exist_ok=True)
         Trainer._save_checkpoint(self, model, trial)  # TRL's would write a model card each time
+
+
+def _compile_blocks(model: PreTrainedModel) -> None:
+    """Compile the transformer blocks in place: all of them share one compiled function."""
+    kinds = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            module.compile()
+
+
+def _render_row(batch: list[dict[str, int]], *, mix: AlignmentMix, **settings: Any) -> Row:
+    return pack([mix[row["index"]] for row in batch], **settings)
 
 
 def _launched_with_fsdp() -> bool:
