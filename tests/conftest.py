@@ -36,8 +36,9 @@ from transformers import (
 
 from whyrec.backbone.extend import extend_vocabulary
 from whyrec.backbone.load import packaged_backbone
-from whyrec.catalog.dataset import Dataset
+from whyrec.catalog.dataset import Dataset, Item
 from whyrec.catalog.prepare import PrepareRecipe, prepare
+from whyrec.decode.model_folder import Settings, save_model_folder
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.sid import index as index_module
 from whyrec.sid.index import IndexRecipe, index
@@ -191,3 +192,49 @@ def extended(prepared_run: Path, tokenizer: PreTrainedTokenizerBase) -> Extended
     vocabulary = extend_vocabulary(model, tokenizer, level_sizes=LEVEL_SIZES)
     encoder = PromptEncoder(tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist())
     return Extended(dataset, codes_NL, trie, model, tokenizer, vocabulary, encoder)
+
+
+def save_model(folder: Path, run: Path, extended: Extended, *, max_history: int = 8) -> Path:
+    """A model folder of random weights for a run whose SIDs have `LEVEL_SIZES`."""
+    save_model_folder(
+        folder,
+        model=copy.deepcopy(extended.model),
+        tokenizer=extended.tokenizer,
+        settings=Settings("aligned", "tiny", list(LEVEL_SIZES), max_history),
+        dataset_folder=run / "dataset",
+        sids_folder=run / "sids",
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_model(
+    prepared_run: Path, extended: Extended, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny run's model folder; not to be changed."""
+    return save_model(tmp_path_factory.mktemp("models") / "aligned", prepared_run, extended)
+
+
+@pytest.fixture
+def model_folder(saved_model: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder that a test may change."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def walks() -> Dataset:
+    """Every item leads to one other, so that transitions say everything and popularity nothing."""
+    rng = np.random.default_rng(0)
+    after = np.roll(np.arange(NUM_ITEMS), 7)
+    sequences = []
+    for length in rng.integers(4, 25, 120):
+        walk = [int(rng.integers(NUM_ITEMS))]
+        while len(walk) < length:
+            walk.append(int(after[walk[-1]]))
+        sequences.append(np.array(walk, np.int32))
+    return Dataset(
+        [Item(f"i{n}") for n in range(NUM_ITEMS)],
+        [f"u{n}" for n in range(len(sequences))],
+        sequences,
+        [np.array([0] * (len(s) - 2) + [1, 2], np.int8) for s in sequences],
+    )

@@ -274,6 +274,50 @@ def test_killed_between_the_renames_loses_nothing(output, source, monkeypatch, m
     assert (output / "out.txt").read_text() == "new" and beside(output) == ["sids"]
 
 
+def test_killed_between_the_renames_the_old_output_is_still_up_to_date(
+    output, source, monkeypatch, capsys
+) -> None:
+    """What was there before the kill is put back before anybody asks whether it has changed."""
+    go(output, source, Build("old"))
+    replace = os.replace
+
+    def die(old, new):
+        if Path(new) == output:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            go(output, source, Build("new"), config={"k": 2})
+    assert not output.exists()
+    again = Build("other")
+    assert not go(output, source, again)
+    assert again.folders == [] and "index: unchanged" in capsys.readouterr().err
+    assert (output / "out.txt").read_text() == "old"
+
+
+def test_of_two_processes_after_a_kill_neither_builds_alone(output, source) -> None:
+    """Both wait until the old output is back: one alone would wait for the other for ever."""
+    go(output, source, Build("old"))
+    for _ in range(20):
+        os.replace(output, output.with_name(".sids.old"))
+        barrier = threading.Barrier(2)
+        results: dict[bool, bool] = {}
+
+        def one(main: bool, barrier=barrier, results=results) -> None:
+            time.sleep(0.002 * main)
+            results[main] = go(output, source, Build("new"), processes=Rank(barrier, main=main))
+
+        threads = [threading.Thread(target=one, args=(main,)) for main in (True, False)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert results == {True: False, False: False}
+        assert (output / "out.txt").read_text() == "old"
+
+
 def test_a_folder_without_stage_json_is_incomplete(output) -> None:
     output.mkdir(parents=True)
     for content in (None, "{", '{"stage": "index"}'):

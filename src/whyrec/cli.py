@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -99,7 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=int, default=20, help="beam width (20)")
     command.add_argument("--users", type=int, default=0, help="a fixed random subset; 0 for all")
     command.add_argument("--sasrec", type=Path, help="SASRec's recipe, e.g. recipes/X/sasrec.yaml")
+    command.add_argument("--tiger", type=Path, help="add TIGER by its recipe recipes/X/tiger.yaml")
     command.add_argument("--no-baselines", action="store_true", help="our model only")
+    command.add_argument(
+        "--prior",
+        type=_prior,
+        metavar="WEIGHT",
+        help="add rows whyrec+prior, co-visitation mixed in; a weight, or auto: by validation",
+    )
+    command.add_argument(
+        "--language", action="store_true", help="add language kept, and captions of items"
+    )
     command.add_argument("--json", type=Path, help="write the record here besides RUN/eval")
     command.set_defaults(call=_evaluate)
 
@@ -173,12 +184,21 @@ def _align(options: argparse.Namespace) -> None:
     align(options.run, recipe, force=options.force)
 
 
+def _prior(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else float(text)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
-    from whyrec.evaluation.evaluate import evaluate, figures_table
+    from whyrec.evaluation.evaluate import evaluate
+    from whyrec.evaluation.report import figures_table
     from whyrec.evaluation.sasrec import SasrecRecipe
+    from whyrec.evaluation.tiger import TigerRecipe
     from whyrec.recipe import load_recipe
 
-    sasrec = None if options.no_baselines else load_recipe(SasrecRecipe, options.sasrec)
+    sasrec = tiger = None
+    if not options.no_baselines:
+        sasrec = load_recipe(SasrecRecipe, options.sasrec)
+        tiger = load_recipe(TigerRecipe, options.tiger) if options.tiger else None
     figures = evaluate(
         options.model,
         options.run,
@@ -186,6 +206,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         beams=options.beams,
         users=options.users,
         sasrec_recipe=sasrec,
+        tiger_recipe=tiger,
+        prior_weight=options.prior,
+        language=options.language,
         command=shlex.join(["whyrec", *sys.argv[1:]]),
         json_path=options.json,
     )

@@ -66,6 +66,12 @@ def run_stage(
     for name, path in inputs.items():
         if not path.exists():
             raise ValueError(f"{stage} needs {name} at {path}, which does not exist; make it first")
+    is_main = processes is None or processes.is_main_process
+    old = output.with_name(f".{output.name}.old")
+    if is_main and old.exists() and not output.exists():
+        os.replace(old, output)  # a kill fell between the two renames of `_replace_folder`
+    if processes is not None:
+        processes.wait_for_everyone()  # all must see the same output, or some would build alone
     identity = {
         "stage": stage,
         "config": json.loads(json.dumps(config)),
@@ -75,10 +81,6 @@ def run_stage(
         print(f"{stage}: unchanged, {output} is up to date", file=sys.stderr)
         return False
 
-    is_main = processes is None or processes.is_main_process
-    old = output.with_name(f".{output.name}.old")
-    if is_main and old.exists() and not output.exists():
-        os.replace(old, output)  # a kill fell between the two renames below
     partial = output.with_name(f".{output.name}.partial")
     if is_main:
         resumable = keep_partial and not force and _identity(partial) == identity

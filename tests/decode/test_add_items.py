@@ -1,6 +1,5 @@
 """`add_items`: new items join a model folder, old SIDs stay, and no failure leaves it broken."""
 
-import copy
 import errno
 import json
 import os
@@ -20,9 +19,7 @@ from whyrec.decode import add_items as add_items_module
 from whyrec.decode.add_items import add_items
 from whyrec.decode.model_folder import (
     CATALOGUE_FILES,
-    Settings,
     load_model_folder,
-    save_model_folder,
 )
 from whyrec.sid import index as index_module
 
@@ -33,25 +30,11 @@ NEW = [
 ]
 
 
-@pytest.fixture(scope="module")
-def saved(extended, prepared_run, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "aligned"
-    save_model_folder(
-        folder,
-        model=copy.deepcopy(extended.model),
-        tokenizer=extended.tokenizer,
-        settings=Settings("aligned", "tiny", list(LEVEL_SIZES), max_history=8),
-        dataset_folder=prepared_run / "dataset",
-        sids_folder=prepared_run / "sids",
-    )
-    return folder
-
-
 @pytest.fixture
-def folder(saved, tmp_path, monkeypatch) -> Path:
+def folder(model_folder, monkeypatch) -> Path:
     """A copy that a test may change; texts become vectors as they did for the run."""
     monkeypatch.setattr(index_module, "embed_texts", text_vectors)
-    return Path(shutil.copytree(saved, tmp_path / "model"))
+    return model_folder
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -97,7 +80,7 @@ def test_new_items_are_recommended(folder, new_items) -> None:
     assert {e.item_id for e in before} - {e.item_id for e in again} == {"item003"}
 
 
-def test_tables_of_every_kind_give_the_same(saved, tmp_path, monkeypatch) -> None:
+def test_tables_of_every_kind_give_the_same(saved_model, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(index_module, "embed_texts", text_vectors)
     rows = [
         {"item_id": "n1", "title": "One, two", "categories": "A|B"},
@@ -109,7 +92,7 @@ def test_tables_of_every_kind_give_the_same(saved, tmp_path, monkeypatch) -> Non
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "new.parquet")
     results = []
     for kind in ("jsonl", "csv", "tsv", "parquet"):
-        folder = Path(shutil.copytree(saved, tmp_path / kind))
+        folder = Path(shutil.copytree(saved_model, tmp_path / kind))
         assert add_items(folder, tmp_path / f"new.{kind}") == 2
         results.append({n: contents(folder)[n] for n in ("items.parquet", "sids.parquet")})
     assert results.count(results[0]) == len(results)

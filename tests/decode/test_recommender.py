@@ -1,40 +1,23 @@
 """`Recommender`: exclusions, lengths, scores and errors, as a caller of the API sees them."""
 
-import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import LEVEL_SIZES, NUM_ITEMS
+from conftest import NUM_ITEMS
 from whyrec import Recommender
-from whyrec.decode.model_folder import Settings, save_model_folder
 from whyrec.sid.vocabulary import sid_text
 
-MAX_HISTORY = 8
+MAX_HISTORY = 8  # of the saved model
 
 
 @pytest.fixture(scope="module")
-def folder(extended, prepared_run, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "aligned"
-    save_model_folder(
-        folder,
-        model=copy.deepcopy(extended.model),
-        tokenizer=extended.tokenizer,
-        settings=Settings("aligned", "tiny", list(LEVEL_SIZES), MAX_HISTORY),
-        dataset_folder=prepared_run / "dataset",
-        sids_folder=prepared_run / "sids",
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recommender(folder) -> Recommender:
-    return Recommender.from_pretrained(str(folder))
+def recommender(saved_model) -> Recommender:
+    return Recommender.from_pretrained(str(saved_model))
 
 
 @pytest.fixture(scope="module")

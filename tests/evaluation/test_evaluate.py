@@ -1,6 +1,5 @@
 """`evaluate`: its figures are those of scoring every item, one by one, with the plain model."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LEVEL_SIZES, NUM_ITEMS, NUM_USERS, make_run
+from conftest import LEVEL_SIZES, NUM_ITEMS, NUM_USERS, make_run, save_model
 from whyrec.catalog.prepare import PrepareRecipe, prepare
-from whyrec.decode.model_folder import Settings, save_model_folder
-from whyrec.evaluation.evaluate import evaluate, figures_table
+from whyrec.evaluation import comparison, prior
+from whyrec.evaluation.evaluate import evaluate
+from whyrec.evaluation.metrics import paired_gain_interval, ranking_metrics
+from whyrec.evaluation.report import figures_table
 from whyrec.evaluation.results import read_results
 from whyrec.evaluation.sasrec import SasrecRecipe
+from whyrec.evaluation.tiger import TigerRecipe
 from whyrec.stage import fingerprint, run_stage
 
 MAX_HISTORY = 6  # shorter than the histories, so that cutting is tested too
 SASREC = SasrecRecipe(dim=8, layers=1, heads=1, max_length=8, epochs=2)
+TIGER = TigerRecipe(dim=8, layers=1, heads=1, max_length=8, epochs=1, beam_width=10)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +31,7 @@ def finished(extended, prepared_run, tmp_path_factory) -> Path:
     shutil.copytree(prepared_run, run)
 
     def build(folder: Path) -> None:
-        save_model_folder(
-            folder,
-            model=copy.deepcopy(extended.model),
-            tokenizer=extended.tokenizer,
-            settings=Settings("aligned", "tiny", list(LEVEL_SIZES), MAX_HISTORY),
-            dataset_folder=run / "dataset",
-            sids_folder=run / "sids",
-        )
+        save_model(folder, run, extended, max_history=MAX_HISTORY)
 
     run_stage(
         run / "model" / "aligned",
@@ -107,6 +103,8 @@ def test_figures_equal_brute_force(run, extended, split) -> None:
         for name in ("R@10", "N@10", "MRR", "coverage", "gini", "legal"):
             low, high = figures[f"{prefix}/{name}/low"], figures[f"{prefix}/{name}/high"]
             assert low <= figures[f"{prefix}/{name}"] <= high
+        # Lists of 33 places cannot be filled from 30 items, or fewer: nothing is missing.
+        assert figures[f"{prefix}/legal"] == 1.0
 
 
 def test_a_narrow_beam_is_wide_enough_to_be_exact_here(run) -> None:
@@ -137,7 +135,7 @@ def test_the_record(run, tmp_path) -> None:
     ]
     in_run = json.loads((run / "eval" / "results.json").read_text())
     assert in_run["figures"] == figures
-    models = {key.split("/")[0] for key in figures}
+    models = {key.split("/")[0] for key in figures} - {"gain_over"}
     assert models == {"whyrec", "popularity", "co-visitation", "sasrec"}
     for model in models:
         for history in ("excluded", "kept"):
@@ -145,8 +143,8 @@ def test_the_record(run, tmp_path) -> None:
                 for key in (metric, f"{metric}/low", f"{metric}/high"):
                     assert 0 <= figures[f"{model}/test/{history}/{key}"] <= 1
     table = figures_table(figures)
-    for model in models:
-        assert table.count(f"\n{model} ") == 4  # two histories, figures and intervals
+    for model in models:  # two histories; figures, intervals and gains
+        assert table.count(f"\n{model} ") == (4 if model == "whyrec" else 6)
     assert f"{figures['sasrec/test/kept/N@10']:.4f}" in table
 
 
@@ -167,15 +165,131 @@ def _test_events(dataset) -> tuple[list, list]:
     return examples.histories, examples.targets_E.tolist()
 
 
-def test_baselines_are_kept_and_made_anew_for_other_users(run, capsys) -> None:
+def test_trained_baselines_are_kept_for_every_split_and_user(run, capsys, monkeypatch) -> None:
     model = run / "model" / "aligned"
-    first = evaluate(model, run, split="test", beams=20, sasrec_recipe=SASREC)
-    assert "baselines: unchanged" not in capsys.readouterr().err
-    assert evaluate(model, run, split="test", beams=20, sasrec_recipe=SASREC) == first
-    assert "baselines: unchanged" in capsys.readouterr().err
-    few = evaluate(model, run, split="test", beams=20, users=6, sasrec_recipe=SASREC)
-    assert "baselines: unchanged" not in capsys.readouterr().err
+    recipes = {"sasrec_recipe": SASREC, "tiger_recipe": TIGER}
+    first = evaluate(model, run, split="test", beams=20, **recipes)
+    assert "unchanged" not in capsys.readouterr().err
+    for name in ("sasrec", "tiger"):
+        record = json.loads((run / "eval" / f"{name}-seed-7" / "stage.json").read_text())
+        assert record["config"]["seed"] == 7  # our model's, not the recipe's
+        assert record["summary"]["epoch"] >= 1 and "excluded/N@10" in record["summary"]["valid"]
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison.sasrec, "train", None)
+        patch.setattr(comparison.tiger, "train", None)
+        assert evaluate(model, run, split="test", beams=20, **recipes) == first
+        told = capsys.readouterr().err
+        assert "sasrec: unchanged" in told and "tiger: unchanged" in told
+        few = evaluate(model, run, split="test", beams=20, users=6, **recipes)
+        valid = evaluate(model, run, split="valid", beams=20, **recipes)
     assert few.keys() == first.keys() and few != first
+    assert {key.replace("/valid/", "/test/") for key in valid} == set(first)
+    capsys.readouterr()
+    other = SasrecRecipe(**{**vars(SASREC), "dropout": 0.9})
+    evaluate(model, run, split="test", beams=20, sasrec_recipe=other)
+    assert "unchanged" not in capsys.readouterr().err
+
+
+def test_a_killed_training_of_a_baseline_is_done_again(run, monkeypatch) -> None:
+    model = run / "model" / "aligned"
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison.torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, run, split="test", beams=20, tiger_recipe=TIGER)
+    assert not (run / "eval" / "tiger-seed-7").exists()
+    figures = evaluate(model, run, split="test", beams=20, tiger_recipe=TIGER)
+    assert 0 <= figures["tiger/test/excluded/N@10"] <= 1
+    assert (run / "eval" / "tiger-seed-7" / "weights.pt").exists()
+    assert not any(key.startswith(("sasrec", "popularity")) for key in figures)
+
+
+def test_gains_are_paired_differences(run, extended) -> None:
+    model = run / "model" / "aligned"
+    figures = evaluate(model, run, split="test", beams=20, sasrec_recipe=SASREC, tiger_recipe=TIGER)
+    for name in ("popularity", "co-visitation", "sasrec", "tiger"):
+        for history in ("excluded", "kept"):
+            for metric in ("R@10", "N@10"):
+                where = f"test/{history}/{metric}"
+                gain = figures[f"whyrec/{where}"] - figures[f"{name}/{where}"]
+                assert figures[f"gain_over/{name}/{where}"] == pytest.approx(gain)
+    assert not any(key.startswith("gain_over/whyrec") for key in figures)
+
+
+def test_gain_intervals_are_those_of_a_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    targets_E = rng.integers(0, 40, 300)
+    ranked = {
+        f"{name}/test/kept": np.stack([rng.permutation(40)[:k] for _ in targets_E])
+        for name, k in (("whyrec", 30), ("sasrec", 20))
+    }
+    figures = comparison.gain_figures(ranked, targets_E)
+    ours, theirs = (
+        ranking_metrics(ranked[f"{name}/test/kept"], targets_E, cutoffs=(10,))["N@10"]
+        for name in ("whyrec", "sasrec")
+    )
+    gain = paired_gain_interval(ours, theirs)
+    key = "gain_over/sasrec/test/kept/N@10"
+    assert figures[key] == pytest.approx(gain.difference)
+    assert figures[f"{key}/low"] == pytest.approx(gain.difference_low, abs=0.004)
+    assert figures[f"{key}/high"] == pytest.approx(gain.difference_high, abs=0.004)
+
+
+def test_the_prior_has_rows_of_its_own(run, extended, capsys) -> None:
+    model = run / "model" / "aligned"
+    pure = evaluate(model, run, split="test", beams=NUM_ITEMS)
+    none = evaluate(model, run, split="test", beams=NUM_ITEMS, prior_weight=0.0)
+    assert none["prior/weight"] == 0.0
+    for metric in ("R@5", "N@10", "MRR", "coverage"):
+        for history in ("excluded", "kept"):
+            key = f"test/{history}/{metric}"
+            assert none[f"whyrec+prior/{key}"] == none[f"whyrec/{key}"] == pure[f"whyrec/{key}"]
+    capsys.readouterr()
+    chosen = evaluate(model, run, split="test", beams=NUM_ITEMS, prior_weight="auto")
+    weight = chosen["prior/weight"]
+    assert f"chosen on validation: {weight}\n" in capsys.readouterr().err
+    # The ring is what counts know best and random weights do not know at all.
+    assert weight > 0
+    for history in ("excluded", "kept"):
+        assert chosen[f"whyrec+prior/test/{history}/N@10"] > (
+            pure[f"whyrec/test/{history}/N@10"] + 0.2
+        )
+    table = figures_table(chosen)
+    assert table.count("\nwhyrec+prior") == 4 and table.endswith(f"\nprior/weight {weight}")
+
+
+def test_the_priors_weight_is_the_best_on_validation(run, extended) -> None:
+    model = run / "model" / "aligned"
+    weight = evaluate(model, run, split="test", beams=20, prior_weight="auto")["prior/weight"]
+    reached = {
+        w: evaluate(model, run, split="valid", beams=20, prior_weight=w)[
+            "whyrec+prior/valid/excluded/N@10"
+        ]
+        for w in (0.0, weight, 0.95)
+    }
+    assert reached[weight] == max(reached.values()) > reached[0.0]
+    assert weight in prior.WEIGHTS
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, 2, float("nan")])
+def test_a_weight_that_is_no_share_is_refused(run, weight) -> None:
+    with pytest.raises(ValueError, match="weight must lie between 0 and 1"):
+        evaluate(run / "model" / "aligned", run, split="test", beams=20, prior_weight=weight)
+
+
+def test_language_and_captions_are_told_beside_the_ranking(run, backbone) -> None:
+    settings_file = run / "model" / "aligned" / "whyrec.json"
+    settings = json.loads(settings_file.read_text()) | {"backbone": str(backbone)}
+    settings_file.write_text(json.dumps(settings))
+    figures = evaluate(run / "model" / "aligned", run, split="test", beams=20, language=True)
+    kept, base = figures["language/perplexity"], figures["language/base_perplexity"]
+    assert figures["language/perplexity_ratio"] == pytest.approx(kept / base)
+    assert figures["caption_all/items"] == NUM_ITEMS
+    assert 0 <= figures["caption_all/category_accuracy"] <= 1
+    assert figures["caption_all/category_majority"] == pytest.approx(6 / 30)
+    assert not any("brand" in key for key in figures)  # the ring's items have none
+    table = figures_table(figures)
+    assert f"language/perplexity_ratio {kept / base:.4g}" in table
+    assert "caption_all/category_accuracy 0 [0.0000, 0.0000]" in table
 
 
 def test_a_subset_of_the_users_is_fixed(run, extended) -> None:

@@ -155,6 +155,39 @@ def test_coverage_gini_and_legality_equal_brute_force(
         assert share == pytest.approx(len({i for i in row if 0 <= i < NUM_ITEMS}) / len(row))
 
 
+@given(ranked_lists(), st.data())
+def test_only_places_that_could_be_filled_are_owed(
+    lists: tuple[np.ndarray, np.ndarray], data: st.DataObject
+) -> None:
+    ranked_EK, _ = lists
+    available = data.draw(st.lists(st.integers(0, NUM_ITEMS), min_size=len(ranked_EK)))
+    available_E = np.array(available[: len(ranked_EK)])
+    shares = metrics.legal_share(ranked_EK, NUM_ITEMS, available_E=available_E)
+    for row, could, share in zip(ranked_EK.tolist(), available_E.tolist(), shares, strict=True):
+        legal = len({item for item in row if 0 <= item < NUM_ITEMS})
+        # an empty place is owed only while there is an item left for it
+        filled = sum(item != -1 for item in row)
+        owed = filled + min(len(row) - filled, max(could - filled, 0))
+        assert share == pytest.approx(legal / owed if owed else 1.0)
+
+
+def test_a_short_list_is_legal_where_the_catalogue_has_no_more() -> None:
+    ranked_EK = np.array([[4, 2, -1, -1], [4, -1, -1, -1], [-1, -1, -1, -1]])
+    shares = metrics.legal_share(ranked_EK, 5, available_E=np.array([2, 2, 0]))
+    assert shares.tolist() == [1.0, 0.5, 1.0]
+    # A catalogue of three items could fill three places; item 4 is none of them.
+    assert metrics.legal_share(ranked_EK, 3).tolist() == [1 / 3, 0.0, 0.0]
+    figures = metrics.ranking_figures(
+        np.array([[1, 0, -1, -1, -1]]),
+        np.array([0]),
+        num_items=4,
+        prefix="m/test/excluded",
+        available_E=np.array([2]),
+        cutoffs=(5,),
+    )
+    assert figures["m/test/excluded/legal"] == 1.0
+
+
 def test_gini_of_equal_and_of_concentrated_exposure() -> None:
     assert metrics.gini(permutations(7), NUM_ITEMS, NUM_ITEMS) == pytest.approx(0)
     assert metrics.gini(np.zeros((9, 1), int), 1000, 1) == pytest.approx(0.999)

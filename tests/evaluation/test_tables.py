@@ -29,6 +29,7 @@ def home(tmp_path: Path) -> Path:
         figures |= ranking("whyrec", "excluded", *(x + shift for x in (0.05, 0.08, 0.03, 0.04)))
         figures |= ranking("whyrec", "kept", 0.04, 0.07, 0.02, 0.03)
         figures |= {"whyrec/test/excluded/R@10/low": 0.07, "whyrec/valid/kept/R@10": 0.5}
+        figures |= {"gain_over/popularity/test/excluded/R@10": 0.06, "prior/weight": 0.3}
         write(results / "toy", seed, figures)
     write(results / "toy" / "ablations", 2, ranking("whyrec", "kept", 1, 1, 1, 1))
     write(results / "trie", 0, {"trie/10m/bytes_per_item": 20.0, "trie/10m/build_s": 71.25})
@@ -37,7 +38,7 @@ def home(tmp_path: Path) -> Path:
     row = {"model": "TIGER", "source": "paper", "figures": {"R@10": 0.9}}
     (published / "toy.json").write_text(json.dumps({"rows": [row]}))
     (tmp_path / "README.md").write_text(
-        "# Top\n<!-- table:toy -->\n<!-- /table -->\nbetween\n"
+        "# Top\n<!-- table:toy published:toy -->\n<!-- /table -->\nbetween\n"
         "<!-- table:trie -->\nold\n<!-- /table -->\nend\n"
     )
     return tmp_path
@@ -51,15 +52,13 @@ def test_a_readme_is_filled_once_and_then_up_to_date(home: Path) -> None:
     filled = readme.read_text()
     assert filled.splitlines() == [
         "# Top",
-        "<!-- table:toy -->",
+        "<!-- table:toy published:toy -->",
         "| Model | | R@5 | R@10 | N@5 | N@10 |",
         "|---|---|---:|---:|---:|---:|",
-        "| Popularity | history excluded | .0100 ± .0000 | .0200 ± .0000 | .0050 ± .0000 "
-        "| .0080 ± .0000 |",
+        "| Popularity | history excluded | .0100 | .0200 | .0050 | .0080 |",
         "| WhyRec | history excluded | **.0510 ± .0014** | **.0810 ± .0014** | **.0310 ± .0014** "
         "| **.0410 ± .0014** |",
-        "| WhyRec | history kept | **.0400 ± .0000** | **.0700 ± .0000** | **.0200 ± .0000** "
-        "| **.0300 ± .0000** |",
+        "| WhyRec | history kept | **.0400** | **.0700** | **.0200** | **.0300** |",
         "| TIGER (paper) | as published | – | **.9000** | – | – |",
         "",
         filled.splitlines()[9],
@@ -97,6 +96,8 @@ def test_a_new_result_makes_the_readme_stale(home: Path) -> None:
     [
         ("<!-- table:toy -->\n", "needs a <!-- /table -->"),
         ("<!-- table:none -->\n<!-- /table -->\n", "holds no results"),
+        ("<!-- table:toy published:no -->\n<!-- /table -->\n", "no published figures at"),
+        ("<!-- table:trie published:toy -->\n<!-- /table -->\n", "published rows stand beside"),
     ],
 )
 def test_a_readme_that_cannot_be_filled_stays_as_it_is(
@@ -117,6 +118,35 @@ def test_a_marker_can_name_the_figures_to_show(home: Path) -> None:
     text = readme.read_text()
     assert "`trie/10m/build_s` | 71.25" in text and "bytes_per_item" not in text
     assert tables.main([str(readme), "--check"]) == 0
+
+
+def test_published_rows_come_where_a_marker_asks_for_them_alone(home: Path) -> None:
+    readme = home / "README.md"
+    readme.write_text(
+        "<!-- table:toy -->\n<!-- /table -->\n"
+        "<!-- table:toy/ablations published:toy -->\n<!-- /table -->\n"
+    )
+    assert tables.main([str(readme)]) == 0
+    ours, ablations = readme.read_text().split("<!-- /table -->\n")[:2]
+    assert "as published" not in ours and "TIGER" not in ours
+    rows = [line for line in ablations.splitlines() if line.startswith("| ")][1:]
+    assert rows[0].startswith("| WhyRec | history kept | **1.0000** |")
+    assert rows[1:] == ["| TIGER (paper) | as published | – | **.9000** | – | – |"]
+
+
+def test_a_row_with_the_prior_has_a_name_and_can_be_marked(home: Path) -> None:
+    figures = ranking("whyrec+prior", "excluded", 0.1, 0.2, 0.05, 0.1)
+    write(home / "eval" / "results" / "mixed", 0, figures)
+    readme = home / "README.md"
+    key = "whyrec+prior/test/excluded/R@10"
+    readme.write_text(
+        f"<!-- table:mixed -->\n<!-- /table -->\n<!-- table:mixed {key} -->\n<!-- /table -->\n"
+    )
+    assert tables.main([str(readme)]) == 0
+    whole, marked = readme.read_text().split("<!-- /table -->\n")[:2]
+    row = "| WhyRec with a co-visitation prior | history excluded |"
+    assert f"{row} **.1000** | **.2000** | **.0500** | **.1000** |" in whole
+    assert f"{row} – | **.2000** | – | – |" in marked
 
 
 def test_a_marker_that_names_an_unknown_figure_is_refused(

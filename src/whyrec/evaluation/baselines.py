@@ -15,6 +15,7 @@ A model is a function from a batch of histories to scores over the whole catalog
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from scipy import sparse
 from tqdm import tqdm
 
@@ -61,21 +62,21 @@ def rank(
 def top_items(scores_BN: np.ndarray, *, k: int) -> np.ndarray:
     """The k best items of each row, ties by the lower index, -1 in place of scores of -inf.
 
-    A selection alone would break ties at random. So each float32 score becomes an integer in the
-    same order, with the item's index below it: all keys differ, and any selection gives one answer.
+    A selection alone would break ties at random. So it only finds each row's k-th best score, and
+    the items that reach it, few more than k, are sorted by score and index.
 
     Returns:
         int32 [B, k]
     """
-    num_items = scores_BN.shape[1]
-    scores_BN = np.asarray(scores_BN, dtype=np.float32) + np.float32(0)  # -0.0 becomes 0.0
-    assert not np.isnan(scores_BN).any()
-    bits_BN = scores_BN.view(np.int32)
-    ordered_BN = np.where(bits_BN < 0, bits_BN ^ np.int32(0x7FFFFFFF), bits_BN).astype(np.int64)
-    keys_BN = (ordered_BN << 32) | np.arange(num_items - 1, -1, -1)
+    num_rows, num_items = scores_BN.shape
     kept = min(k, num_items)
-    best_BK = np.sort(np.partition(keys_BN, num_items - kept, axis=1)[:, num_items - kept :])
-    items_BK = num_items - 1 - (best_BK[:, ::-1] & 0xFFFFFFFF)
+    scores_BN = np.ascontiguousarray(scores_BN, dtype=np.float32)
+    assert not np.isnan(scores_BN).any()
+    kth_B1 = torch.from_numpy(scores_BN).topk(kept, dim=1).values[:, -1:].numpy()
+    rows_P, items_P = np.nonzero(scores_BN >= kth_B1)  # row by row
+    order_P = np.lexsort((items_P, -scores_BN[rows_P, items_P], rows_P))
+    starts_B1 = np.searchsorted(rows_P, np.arange(num_rows))[:, None]
+    items_BK = items_P[order_P[starts_B1 + np.arange(kept)]]
     items_BK[np.take_along_axis(scores_BN, items_BK, axis=1) == -np.inf] = -1
     padding = ((0, 0), (0, k - kept))
     return np.pad(items_BK, padding, constant_values=-1).astype(np.int32)

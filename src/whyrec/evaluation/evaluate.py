@@ -1,27 +1,29 @@
 """`whyrec evaluate`: full ranking of the catalogue for a split, beside baselines of the same run.
 
 Every user's target is ranked among all items, with the items of the history kept and with them
-excluded; both are reported, each with a 95 % bootstrap interval. The baselines learn from the
-run's training events and are kept in the run folder.
+excluded; both are reported, each with a 95 % bootstrap interval, beside what our model gains over
+each baseline. On demand: a co-visitation prior mixed in, in rows of its own, and how much plain
+language the model has kept.
 
     whyrec evaluate runs/ml-100k/model/aligned --run runs/ml-100k
 """
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from whyrec.catalog.dataset import Dataset, Examples
+from whyrec.decode.ranking import Ranking
 from whyrec.decode.recommender import Recommender
-from whyrec.evaluation import baselines, sasrec
+from whyrec.evaluation import baselines, prior, sasrec, tiger
+from whyrec.evaluation.captions import caption_figures
+from whyrec.evaluation.comparison import HISTORIES, gain_figures, rank_baselines
+from whyrec.evaluation.language import language_figures
 from whyrec.evaluation.metrics import ranking_figures
 from whyrec.evaluation.results import record
-from whyrec.recipe import recipe_config
-from whyrec.stage import fingerprint, read_stage, run_stage
-
-HISTORIES = {"excluded": True, "kept": False}
-_SHOWN = ("R@5", "R@10", "N@5", "N@10", "MRR", "coverage", "gini", "legal")
+from whyrec.stage import fingerprint, read_stage
 
 
 def evaluate(
@@ -32,6 +34,9 @@ def evaluate(
     beams: int,
     users: int = 0,
     sasrec_recipe: sasrec.SasrecRecipe | None = None,
+    tiger_recipe: tiger.TigerRecipe | None = None,
+    prior_weight: float | Literal["auto"] | None = None,
+    language: bool = False,
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -43,49 +48,71 @@ def evaluate(
         split: `valid` or `test`.
         beams: beam width, and how many items are ranked.
         users: a fixed random subset of so many users; 0 for all.
-        sasrec_recipe: settings of SASRec; None leaves all baselines out.
+        sasrec_recipe: settings of SASRec; None leaves all baselines but TIGER out.
+        tiger_recipe: settings of the TIGER-style baseline; None leaves it out.
+        prior_weight: weight of the co-visitation prior in rows `whyrec+prior`, `auto` to choose it
+            on the validation split; None for no such rows.
+        language: measure language kept and captions too.
         command: how this was called, for the record.
         json_path: where the record is written besides.
 
     Returns:
-        All figures, as flat keys `MODEL/SPLIT/HISTORY/METRIC`.
+        All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
+        `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `prior/weight`,
+        `language/...` and `caption/...`.
 
     Raises:
         ValueError: when the model belongs to another catalogue, or the split holds nothing.
     """
     if beams < 10:
         raise ValueError(f"beams must be at least 10, for metrics at 10, not {beams}")
+    if isinstance(prior_weight, int | float) and not 0 <= prior_weight <= 1:
+        raise ValueError(f"the prior's weight must lie between 0 and 1, not {prior_weight}")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     dataset = Dataset.load(run / "dataset")
-    examples = dataset.examples(split)  # type: ignore[arg-type]
-    if not len(examples):
-        raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
-    if 0 < users < len(examples):
-        examples = examples.take(users, seed=0)
+    examples = _examples(dataset, run, split=split, users=users)
     recommender = Recommender.from_pretrained(model)
     if [i.item_id for i in recommender.items] != [i.item_id for i in dataset.items]:
         raise ValueError(
             f"{model} recommends {len(recommender.items)} items and {run} holds "
             f"{len(dataset.items)}: they are different catalogues; name the model's own run"
         )
-    ranked: dict[str, np.ndarray] = {}
-    rankings = recommender.rank(
-        examples.histories,
-        width=beams,
-        exclude_history=list(HISTORIES.values()),
-        progress=f"ranking for {split} users",
+    seed = _seed(model)
+    rankings = _rank(recommender, examples, beams=beams, split=split)
+    ranked = {f"whyrec/{split}/{name}": ranking.items_EW for name, ranking in rankings.items()}
+    extra: dict[str, float] = {}
+    if prior_weight == "auto":
+        prior_weight = _chosen_weight(recommender, dataset, run, beams=beams, users=users)
+    if prior_weight is not None:
+        extra["prior/weight"] = prior_weight
+        counts = baselines.co_visitation(dataset)
+        for name, ranking in rankings.items():
+            mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
+            ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
+    ranked |= rank_baselines(
+        dataset,
+        examples,
+        run,
+        split=split,
+        seed=seed,
+        sasrec_recipe=sasrec_recipe,
+        tiger_recipe=tiger_recipe,
     )
-    for history, ranking in zip(HISTORIES, rankings, strict=True):
-        ranked[f"whyrec/{split}/{history}"] = ranking.items_EW
-    if sasrec_recipe is not None:
-        ranked |= rank_baselines(
-            dataset, examples, run, split=split, users=users, recipe=sasrec_recipe
-        )
+    if language:
+        backbone = recommender.settings.backbone
+        llm, encoder = recommender.decoder.model, recommender.encoder
+        extra |= language_figures(llm, encoder, backbone=backbone)
+        extra |= caption_figures(llm, encoder, dataset)
     figures: dict[str, float] = {}
     for prefix in sorted(ranked):
         figures |= ranking_figures(
-            ranked[prefix], examples.targets_E, num_items=len(dataset.items), prefix=prefix
+            ranked[prefix],
+            examples.targets_E,
+            num_items=len(dataset.items),
+            prefix=prefix,
+            available_E=_available(dataset, examples, history=prefix.split("/")[2]),
         )
+    figures |= gain_figures(ranked, examples.targets_E) | extra
     (run / "eval").mkdir(exist_ok=True)
     for path in (run / "eval" / "results.json", json_path):
         if path is not None:
@@ -93,77 +120,48 @@ def evaluate(
                 path,
                 name=f"{run.name} {split}",
                 command=command,
-                seed=_seed(model),
+                seed=seed,
                 figures=figures,
                 data_sha256=fingerprint(run / "dataset"),
             )
     return figures
 
 
-def rank_baselines(
-    dataset: Dataset,
-    examples: Examples,
-    run: Path,
-    *,
-    split: str,
-    users: int,
-    recipe: sasrec.SasrecRecipe,
-) -> dict[str, np.ndarray]:
-    """Top 20 of popularity, co-visitation and SASRec by `MODEL/SPLIT/HISTORY`, kept in the run."""
-    folder = run / "eval" / f"baselines-{split}"
-
-    def build(partial: Path) -> dict:
-        trained = sasrec.train(dataset, recipe)
-        models = {
-            "popularity": baselines.popularity(dataset),
-            "co-visitation": baselines.co_visitation(dataset),
-            "sasrec": trained.model.score,
-        }
-        ranked = {
-            f"{name}/{split}/{history}": baselines.rank(
-                score, examples, k=20, exclude_history=exclude
-            )
-            for name, score in models.items()
-            for history, exclude in HISTORIES.items()
-        }
-        np.savez(partial / "ranked.npz", **ranked)  # type: ignore[arg-type]
-        return {"sasrec_valid": trained.figures, "sasrec_epoch": trained.epoch}
-
-    run_stage(
-        folder,
-        build,
-        stage="baselines",
-        config={"sasrec": recipe_config(recipe), "split": split, "users": users},
-        inputs={"dataset": run / "dataset"},
+def _rank(
+    recommender: Recommender, examples: Examples, *, beams: int, split: str
+) -> dict[str, Ranking]:
+    rankings = recommender.rank(
+        examples.histories,
+        width=beams,
+        exclude_history=list(HISTORIES.values()),
+        progress=f"ranking for {split} users",
     )
-    with np.load(folder / "ranked.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    return dict(zip(HISTORIES, rankings, strict=True))
 
 
-def figures_table(figures: dict[str, float]) -> str:
-    """The figures as aligned text, a row for each model and history; R@10 and N@10 with ends."""
-    prefixes = sorted({tuple(key.split("/")[:3]) for key in figures}, key=_row_order)
-    width = max(len(model) for model, _, _ in prefixes)
-    lines = [f"{'':{width}}  history    " + "".join(f"{name:>10}" for name in _SHOWN)]
-    for model, split, history in prefixes:
-        values = [figures[f"{model}/{split}/{history}/{name}"] for name in _SHOWN]
-        cells = "".join(f"{value:10.4f}" for value in values)
-        lines.append(f"{model:{width}}  {history:9}  {cells}")
-    lines.append("95 % intervals:")
-    for model, split, history in prefixes:
-        ends = "   ".join(
-            f"{name} [{figures[f'{key}/low']:.4f}, {figures[f'{key}/high']:.4f}]"
-            for name in ("R@10", "N@10")
-            for key in [f"{model}/{split}/{history}/{name}"]
-        )
-        lines.append(f"{model:{width}}  {history:9}  {ends}")
-    return "\n".join(lines)
+def _chosen_weight(
+    recommender: Recommender, dataset: Dataset, run: Path, *, beams: int, users: int
+) -> float:
+    """The prior's weight with the best validation N@10, history excluded; it is printed."""
+    valid = _examples(dataset, run, split="valid", users=users)
+    ranking = _rank(recommender, valid, beams=beams, split="valid")["excluded"]
+    mixture = prior.mix(ranking, baselines.co_visitation(dataset), valid, exclude_history=True)
+    weight = prior.best_prior_weight(mixture, valid.targets_E)
+    print(f"evaluate: weight of the prior, chosen on validation: {weight}", file=sys.stderr)
+    return weight
 
 
-def _row_order(prefix: tuple[str, ...]) -> tuple:
-    """History excluded first, our model last in each block."""
-    model, _, history = prefix
-    return (history != "excluded", model == "whyrec", model)
+def _examples(dataset: Dataset, run: Path, *, split: str, users: int) -> Examples:
+    examples = dataset.examples(split)  # type: ignore[arg-type]
+    if not len(examples):
+        raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
+    return examples.take(users, seed=0) if 0 < users < len(examples) else examples
+
+
+def _available(dataset: Dataset, examples: Examples, *, history: str) -> np.ndarray:
+    """How many items may be recommended to each user."""
+    had = [len(np.unique(items)) if HISTORIES[history] else 0 for items in examples.histories]
+    return len(dataset.items) - np.array(had)
 
 
 def _seed(model: Path) -> int:

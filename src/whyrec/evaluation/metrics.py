@@ -152,20 +152,34 @@ def gini(ranked_EK: np.ndarray, num_items: int, cutoff: int = 10) -> float:
     return float(_gini(exposure_N[None])[0])
 
 
-def legal_share(ranked_EK: np.ndarray, num_items: int) -> np.ndarray:
-    """Per list, the share of its K places that hold an item of the catalogue not named before.
+def legal_share(
+    ranked_EK: np.ndarray, num_items: int, *, available_E: np.ndarray | None = None
+) -> np.ndarray:
+    """Per list, the share of its places that hold an item of the catalogue not named before.
 
-    A place left empty (-1) is not legal: the model owed an item there.
+    A place left empty (-1) is not legal, since the model owed an item there; but no more than
+    the available items were owed.
+
+    Args:
+        ranked_EK: item indices, best first; -1 where there is nothing.
+        num_items: size of the catalogue.
+        available_E: how many items may be recommended to each user; the whole catalogue when None.
 
     Returns:
-        float64 [E]
+        float64 [E]; 1 where nothing was owed.
     """
     ranked_EK = np.asarray(ranked_EK)
     order_EK = np.argsort(ranked_EK, axis=1, kind="stable")
     sorted_EK = np.take_along_axis(ranked_EK, order_EK, axis=1)
     fresh_EK = np.ones(ranked_EK.shape, dtype=bool)
     fresh_EK[:, 1:] = sorted_EK[:, 1:] != sorted_EK[:, :-1]
-    return (fresh_EK & (sorted_EK >= 0) & (sorted_EK < num_items)).mean(axis=1)
+    legal_E = (fresh_EK & (sorted_EK >= 0) & (sorted_EK < num_items)).sum(axis=1)
+    empty_E = (ranked_EK == -1).sum(axis=1)
+    available_E = np.full(len(ranked_EK), num_items) if available_E is None else available_E
+    # places that hold something were filled; of the empty ones only those that could have been
+    filled_E = ranked_EK.shape[1] - empty_E
+    owed_E = np.maximum(filled_E, np.minimum(ranked_EK.shape[1], available_E))
+    return np.where(owed_E > 0, legal_E / np.maximum(owed_E, 1), 1.0)
 
 
 def ranking_figures(
@@ -174,6 +188,7 @@ def ranking_figures(
     *,
     num_items: int,
     prefix: str,
+    available_E: np.ndarray | None = None,
     cutoffs: Sequence[int] = CUTOFFS,
     samples: int = 1000,
     seed: int = 0,
@@ -185,6 +200,7 @@ def ranking_figures(
         targets_E: the item index to be found.
         num_items: size of the whole catalogue.
         prefix: `MODEL/SPLIT/HISTORY`, e.g. `sasrec/test/excluded`.
+        available_E: how many items may be recommended to each user; `num_items` when None.
         cutoffs: those beyond K are left out, since shorter lists cannot tell.
         samples: bootstrap samples.
 
@@ -203,7 +219,7 @@ def ranking_figures(
             "rank more items"
         )
     values = ranking_metrics(ranked_EK, targets_E, cutoffs=possible)
-    values["legal"] = legal_share(ranked_EK, num_items)
+    values["legal"] = legal_share(ranked_EK, num_items, available_E=available_E)
     figures: dict[str, float] = {}
     for metric, values_E in values.items():
         low, high = bootstrap_interval(values_E, samples=samples, seed=seed)

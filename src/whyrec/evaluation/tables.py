@@ -1,14 +1,19 @@
 """Markdown tables out of recorded results, and the README that shows them.
 
 A folder `eval/results/FOLDER` with ranking figures becomes a table of the test split, history
-excluded and kept, with the published rows of `eval/published/FOLDER.json` below. Any other folder
-becomes a list of its figures. Several seeds give mean ± standard deviation.
+excluded and kept. Any other folder becomes a list of its figures. Several records in the folder
+itself, one a seed, give mean ± standard deviation over the seeds; without the latter where all
+seeds agree, as those of a count do.
 
     python -m whyrec.evaluation.tables README.md            # fill in every marked table
     python -m whyrec.evaluation.tables README.md --check    # exit 1 when one is out of date
 
-A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`; figure keys behind the
-folder's name, `<!-- table:beam beam_cpu/1/ours_s -->`, show those alone, in that order.
+A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`. Behind the folder's
+name may stand, with blanks between them:
+
+* figure keys, `<!-- table:beam beam_cpu/1/ours_s -->`: those alone, in that order;
+* `published:NAME`, `<!-- table:beauty published:beauty -->`: the rows of
+  `eval/published/NAME.json` below ours, in the same ranking table.
 """
 
 import argparse
@@ -32,11 +37,12 @@ _MODELS = {  # in the order of the rows; other models come last under their own 
     "aligned": "WhyRec, aligned",
     "activated": "WhyRec, activated",
     "whyrec": "WhyRec",
+    "whyrec+prior": "WhyRec with a co-visitation prior",
     "whyrec-think": "WhyRec, thinking",
     "whyrec-fused": "WhyRec, fused",
 }
 _MARKED = re.compile(
-    r"(<!-- table:([\w./-]+)((?: [\w./@-]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL
+    r"(<!-- table:([\w./-]+)((?: [\w./@+:-]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL
 )
 
 Cells = list[tuple[float, str]]  # value and text; nan for an empty cell
@@ -51,6 +57,9 @@ def render(records: Sequence[Mapping], published: Mapping | None = None) -> str:
 
     Returns:
         Markdown that ends in a newline.
+
+    Raises:
+        ValueError: when there are published rows and no ranking figures to stand beside.
     """
     values = _collect(records)
     parts = []
@@ -59,6 +68,11 @@ def render(records: Sequence[Mapping], published: Mapping | None = None) -> str:
         if rows:
             parts.append((title, rows))
     if not parts:
+        if published is not None:
+            raise ValueError(
+                "published rows stand beside ranking figures of the test split, and "
+                f"{records[0]['name']} has none; take `published:` out of the marker"
+            )
         table = _figure_list(values)
     else:
         if published is not None:
@@ -72,7 +86,8 @@ def fill(text: str, *, results: Path, published: Path) -> str:
     """The text with every marked table rendered anew.
 
     Raises:
-        ValueError: for a marker without an end, or a folder without results.
+        ValueError: for a marker without an end, a folder without results, or published rows that
+            are not there or have no table to stand in.
     """
     starts, ends = text.count("<!-- table:"), text.count("<!-- /table -->")
     if starts != ends or starts != len(_MARKED.findall(text)):
@@ -86,12 +101,23 @@ def fill(text: str, *, results: Path, published: Path) -> str:
         records = read_results(results / folder)
         if not records:
             raise ValueError(f"{results / folder} holds no results; measure them first")
-        rows = published / f"{folder}.json"
-        known = json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else None
-        table = render([_only(entry, match[3].split()) for entry in records], known)
+        keys, rows = _options(match[3].split(), published)
+        table = render([_only(entry, keys) for entry in records], rows)
         return f"{match[1]}{table}{match[5]}"
 
     return _MARKED.sub(replacement, text)
+
+
+def _options(words: Sequence[str], published: Path) -> tuple[list[str], dict | None]:
+    """The figure keys that a marker names, and the published rows that it asks for."""
+    names = [word.removeprefix("published:") for word in words if word.startswith("published:")]
+    keys = [word for word in words if not word.startswith("published:")]
+    if not names:
+        return keys, None
+    path = published / f"{names[-1]}.json"
+    if not path.is_file():
+        raise ValueError(f"there are no published figures at {path}; write them there or unmark it")
+    return keys, json.loads(path.read_text(encoding="utf-8"))
 
 
 def _only(entry: Mapping, keys: Sequence[str]) -> Mapping:
@@ -145,7 +171,8 @@ def _collect(records: Sequence[Mapping]) -> dict[str, list[float]]:
 
 def _measured_rows(values: Mapping[str, list[float]], history: str) -> list[tuple[str, Cells]]:
     suffix = f"/test/{history}/"
-    found = {key.split("/")[0] for key in values if suffix in key and key.split("/")[-1] in METRICS}
+    wanted = {f"/test/{history}/{metric}" for metric in METRICS}
+    found = {key.split("/")[0] for key in values if f"/{key.partition('/')[2]}" in wanted}
     order = [*(model for model in _MODELS if model in found), *sorted(found - set(_MODELS))]
     return [
         (_MODELS.get(model, model), [_cell(values.get(f"{model}{suffix}{m}")) for m in METRICS])
@@ -157,7 +184,7 @@ def _cell(values: list[float] | None) -> tuple[float, str]:
     if not values:
         return float("nan"), "–"
     mean = float(np.mean(values))
-    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(set(values)) > 1 else ""
     return mean, _short(f"{mean:.4f}{spread}")
 
 
@@ -202,7 +229,7 @@ def _figure_list(values: Mapping[str, list[float]]) -> str:
         if key.rsplit("/", 1)[-1] in ("low", "high"):
             continue
         found = values[key]
-        spread = f" ± {np.std(found, ddof=1):.3g}" if len(found) > 1 else ""
+        spread = f" ± {np.std(found, ddof=1):.3g}" if len(set(found)) > 1 else ""
         lines.append(f"| `{key}` | {_number(float(np.mean(found)))}{spread} |")
     return "\n".join(lines) + "\n"
 

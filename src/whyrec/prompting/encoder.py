@@ -53,6 +53,8 @@ class PromptEncoder:
         vocabulary: where the SID tokens are.
         codes_NL: the catalogue's SIDs, one row an item.
         template_folder: a model folder's own templates; the packaged ones when None.
+        thinks: the model has learnt to think before it recommends, and to do without a thought
+            that is closed at once.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class PromptEncoder:
         vocabulary: SidVocabulary,
         codes_NL: Sequence[Sequence[int]],
         template_folder: Path | None = None,
+        thinks: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.thinks = thinks
         self.recommend = load_templates("recommend", template_folder)
         self._item_ids = [vocabulary.encode(codes) for codes in codes_NL]
         self._plain = _without_added_tokens(tokenizer)
@@ -102,18 +106,39 @@ class PromptEncoder:
         return pieces
 
     def recommendation_prompt(self, history: Sequence[int]) -> list[int]:
-        """The prompt that a beam starts from: the history and an opened SID.
+        """The prompt that a beam starts from without a thought: the history and an opened SID.
+
+        A model that thinks is shown a thought that is closed at once: `<think></think>`.
 
         Args:
             history: item indices, oldest first.
         """
+        if self.thinks:
+            return self.answer_prompt(history)
+        return [*self._question(history), self.vocabulary.begin]
+
+    def thinking_prompt(self, history: Sequence[int]) -> list[int]:
+        """The prompt that a thought is sampled after: it ends in `<think>`."""
+        return [*self._question(history), self.vocabulary.think_begin]
+
+    def answer_prompt(self, history: Sequence[int], thought: Sequence[int] = ()) -> list[int]:
+        """The prompt that a beam starts from: `… <think>THOUGHT</think><|sid_begin|>`.
+
+        Args:
+            history: item indices, oldest first.
+            thought: token ids without brackets; none is the no-think mode.
+        """
+        closing = [self.vocabulary.think_end, self.vocabulary.begin]
+        return [*self.thinking_prompt(history), *thought, *closing]
+
+    def _question(self, history: Sequence[int]) -> list[int]:
+        """The history and the question, up to where the reply begins."""
         frame = self.frame(self.recommend["system"])
         question = self.render(self.recommend["user"], history=self.history(history))
         return [
             *frame.before_user,
             *(token for piece in question for token in piece),
             *frame.before_reply,
-            self.vocabulary.begin,
         ]
 
     def _frame(self, system: str) -> ChatFrame:
