@@ -1,4 +1,5 @@
 # make demo    the main job on MovieLens-100K, from raw files to recommended films (CPU, 15 minutes)
+# make beauty  the same on Amazon Beauty: make beauty SOURCE=FOLDER (a GPU, an hour)
 # make test    linter, formatter, types, tests
 # make bench   the benches of eval/bench
 #
@@ -26,7 +27,7 @@ ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
 endif
 MODEL := $(RUN)/model/aligned
 
-.PHONY: demo test lint bench clean
+.PHONY: demo beauty test lint bench clean
 
 demo: .venv/ready
 	$(WHYREC) prepare ml-100k --run $(RUN)
@@ -34,6 +35,14 @@ demo: .venv/ready
 	$(WHYREC) align --run $(RUN) --recipe $(RECIPES)/align.yaml $(ALIGN_FROM)
 	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml
 	$(WHYREC) recommend $(MODEL) --run $(RUN) --user 1 --user 2 --user 3
+
+beauty: .venv/ready
+	@test -n "$(SOURCE)" || { echo "name the downloaded files: make beauty SOURCE=FOLDER"; exit 2; }
+	$(WHYREC) prepare $(SOURCE) --run runs/beauty --recipe recipes/beauty/prepare.yaml
+	$(WHYREC) index --run runs/beauty --recipe recipes/beauty/index.yaml
+	$(WHYREC) align --run runs/beauty --recipe recipes/beauty/align.yaml
+	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --language \
+		--sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
 test: lint
 	.venv/bin/python -m pytest -n 2
