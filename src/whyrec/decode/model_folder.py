@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.load import load_backbone
 from whyrec.catalog.dataset import Item, read_items
+from whyrec.decode.think import ThoughtSettings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
 from whyrec.sid.index import read_sids
@@ -33,6 +34,7 @@ CATALOGUE_FILES = (
     "trie.safetensors",
     "embeddings.safetensors",
 )
+TEMPLATES = ("recommend", "rationale")
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Settings:
         backbone: the name it was made from.
         level_sizes: codes of each SID level.
         max_history: items of a history that the prompt holds at most.
+        thoughts: how the model thinks; None where it has not learnt to.
     """
 
     stage: str
     backbone: str
     level_sizes: list[int]
     max_history: int
+    thoughts: ThoughtSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def save_model_folder(
     for name in CATALOGUE_FILES:
         shutil.copyfile(sids_folder / name, folder / name)
     (folder / "prompts").mkdir(exist_ok=True)
-    shutil.copyfile(template_file("recommend"), folder / "prompts" / "recommend.yaml")
+    for name in TEMPLATES:
+        shutil.copyfile(template_file(name), folder / "prompts" / f"{name}.yaml")
     write_json(folder / SETTINGS_FILE, asdict(settings))
 
 
@@ -100,12 +105,7 @@ def load_model_folder(
     Raises:
         ValueError: when the folder is no model folder, or its parts do not belong together.
     """
-    if not (folder / SETTINGS_FILE).exists():
-        raise ValueError(
-            f"{folder} is not a WhyRec model folder (no {SETTINGS_FILE}); "
-            "name a folder that `whyrec align` wrote, such as runs/NAME/model/aligned"
-        )
-    settings = _read_settings(folder / SETTINGS_FILE)
+    settings = read_settings(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     items = read_items(catalogue_file(folder, "items.parquet"))
@@ -123,6 +123,7 @@ def load_model_folder(
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         template_folder=folder / "prompts",
+        thinks=settings.thoughts is not None,
     )
     model = model.to(device).eval()  # type: ignore[arg-type]
     return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)
@@ -134,10 +135,24 @@ def catalogue_file(folder: Path, name: str) -> Path:
     return added if added.exists() else folder / name
 
 
-def _read_settings(path: Path) -> Settings:
+def read_settings(folder: Path) -> Settings:
+    """What a model folder's `whyrec.json` says.
+
+    Raises:
+        ValueError: when the folder is no model folder, or the file is damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        raise ValueError(
+            f"{folder} is not a WhyRec model folder (no {SETTINGS_FILE}); "
+            "name a folder that `whyrec align` wrote, such as runs/NAME/model/aligned"
+        )
     try:
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("thoughts"):
+            values["thoughts"] = ThoughtSettings(**values["thoughts"])
+        return Settings(**values)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or of another version of WhyRec ({error}); "
             "copy the model folder again, or train it again"

@@ -5,10 +5,16 @@ from whyrec import Recommender
 recommender = Recommender.from_pretrained("runs/ml-100k/model/aligned")
 for item in recommender.recommend(history=["1", "50", "181"], k=10):
     print(item.title, item.score)
+
+An activated model also tells why, if it is asked to think first:
+
+found = Recommender.from_pretrained("runs/ml-100k/model/activated").recommend(["1"], think=True)
+print(found.trace)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,8 @@ from whyrec.catalog.dataset import nearest_ids
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.model_folder import ModelFolder, load_model_folder
 from whyrec.decode.ranking import Ranking, rank_histories
+from whyrec.decode.think import Thinker, ThoughtSettings
+from whyrec.decode.thought_ranking import ThoughtRanking, by_thought, fuse, rank_thinking
 from whyrec.sid.vocabulary import sid_text
 
 
@@ -39,6 +47,18 @@ class Recommendation:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+class Recommendations(list[Recommendation]):
+    """Recommended items, best first.
+
+    Attributes:
+        trace: the thought that speaks most for the first item; empty without thinking.
+    """
+
+    def __init__(self, items: Iterable[Recommendation] = (), *, trace: str = "") -> None:
+        super().__init__(items)
+        self.trace = trace
 
 
 class Recommender:
@@ -75,7 +95,8 @@ class Recommender:
         k: int = 10,
         exclude: Sequence[str] | None = None,
         width: int | None = None,
-    ) -> list[Recommendation]:
+        think: bool = False,
+    ) -> Recommendations:
         """Recommend the next items after a history.
 
         Args:
@@ -84,23 +105,32 @@ class Recommender:
             exclude: item ids that must not come; None excludes the history itself, an empty
                 list excludes nothing.
             width: beam width; at least k, 2 k by default.
+            think: write a thought first, which the result's `trace` holds. The same history gives
+                the same thoughts.
 
         Returns:
             At most k items, best first (fewer when the catalogue has no more).
 
         Raises:
-            ValueError: for an unknown item id (with the nearest known ones) or a k below 1.
+            ValueError: for an unknown item id (with the nearest known ones), a k below 1, or
+                thinking with a model that has not learnt to.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         indices = np.asarray(self.indices(history), dtype=np.int64)
         barred = indices.tolist() if exclude is None else self.indices(exclude)
         width = min(max(width or 2 * k, k), len(self.items))
-        prompt = self.encoder.recommendation_prompt(indices[-self.settings.max_history :].tolist())
-        prefilled = self.decoder.prefill([prompt], width=width)
-        beams = self.decoder.search(prefilled, width=width, excluded=[barred])
-        pairs = zip(beams.items_UW[0].tolist(), beams.scores_UW[0].tolist(), strict=True)
-        return [self._recommendation(item, score) for item, score in pairs if item >= 0][:k]
+        shown = indices[-self.settings.max_history :].tolist()
+        if think:
+            ranking, trace = self._think(shown, width=width, barred=barred)
+        else:
+            prompt = self.encoder.recommendation_prompt(shown)
+            prefilled = self.decoder.prefill([prompt], width=width)
+            beams = self.decoder.search(prefilled, width=width, excluded=[barred])
+            (ranking,), trace = by_thought(beams, samples=1), ""
+        pairs = zip(ranking.items_EW[0].tolist(), ranking.scores_EW[0].tolist(), strict=True)
+        found = [self._recommendation(item, score) for item, score in pairs if item >= 0]
+        return Recommendations(found[:k], trace=trace)
 
     def rank(
         self,
@@ -120,6 +150,72 @@ class Recommender:
             exclude_history=exclude_history,
             progress=progress,
         )
+
+    def rank_thinking(
+        self,
+        histories: Sequence[np.ndarray],
+        *,
+        width: int,
+        settings: ThoughtSettings | None = None,
+        exclude_history: Sequence[bool] = (True,),
+        keys: Sequence[int] | None = None,
+        progress: str = "",
+    ) -> ThoughtRanking:
+        """Think, then rank, for many histories; see `thought_ranking.rank_thinking`.
+
+        Raises:
+            ValueError: when the model has not learnt to think.
+        """
+        return rank_thinking(
+            self.thinker,
+            histories,
+            settings=settings or self.thoughts,
+            width=width,
+            max_history=self.settings.max_history,
+            exclude_history=exclude_history,
+            keys=keys,
+            progress=progress,
+        )
+
+    @cached_property
+    def thinker(self) -> Thinker:
+        """Samples this model's thoughts."""
+        return Thinker(self.decoder, self.encoder)
+
+    @property
+    def thoughts(self) -> ThoughtSettings:
+        """How this model thinks; ValueError when it has not learnt to."""
+        if self.settings.thoughts is None:
+            raise ValueError(
+                f"this model is {self.settings.stage} and has not learnt to think; train it with "
+                "`whyrec activate`, or leave thinking off"
+            )
+        return self.settings.thoughts
+
+    def _think(self, history: list[int], *, width: int, barred: list[int]) -> tuple[Ranking, str]:
+        """The ranking after thoughts on one history, and the thought that speaks most for it."""
+        settings = self.thoughts
+        drawn = self.thinker.think(
+            [self.encoder.thinking_prompt(history)],
+            samples=settings.samples,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=0,
+        )
+        beams = self.decoder.search(
+            self.thinker.answer(drawn, width=width),
+            width=width,
+            excluded=[barred] * settings.samples,
+        )
+        rankings = by_thought(beams, samples=settings.samples)
+        mixed = fuse(rankings, weights=[1] * settings.samples, width=width)
+        first = mixed.items_EW[0, 0]
+        for_first = [
+            np.where(ranking.items_EW[0] == first, ranking.scores_EW[0], -np.inf).max()
+            for ranking in rankings
+        ]
+        best = drawn.thought(0, int(np.argmax(for_first)))
+        return mixed, self.encoder.tokenizer.decode(best)
 
     def indices(self, item_ids: Sequence[str]) -> list[int]:
         """Item indices of ids.

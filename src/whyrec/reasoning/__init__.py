@@ -1,0 +1,1 @@
+"""Rationales: facts in words, writers, filters, and reading traces back."""

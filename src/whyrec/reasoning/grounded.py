@@ -1,0 +1,202 @@
+"""The grounded writer: rationales out of facts alone, with no language model.
+
+From a history and the item that followed, two or three clauses (see `wording.py`):
+
+* evidence: the facts that the pruned history and the target share, the most telling first; or,
+  where they share none, what the history was about ("Something new after …");
+* the turn: what the newest items have in common that older ones do not, if there is such a thing;
+* what the next item should be like: its categories from broad to narrow and, as far as the history
+  or the catalogue lets one expect them, its series, brand and era.
+
+So a thought goes from what is there to a guess that is refined word by word, which is what the
+codes of a SID then do: 20 to 40 tokens. Every fact is true, and no title or SID of the target is
+told.
+
+    writer = GroundedWriter(items, vectors_ND=vectors_ND, settings=GroundedSettings(), seed=0)
+    rationale = writer.write(history, target, user=3, position=17)
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from whyrec.catalog.dataset import Item
+from whyrec.reasoning.facts import Fact, FactBook, leading_facts, shared_facts, turn
+from whyrec.reasoning.pruning import prune
+from whyrec.reasoning.titles import title_words, words_of
+from whyrec.reasoning.wording import Clause, Wording, packaged_wording
+
+SPECIFICITIES = ("broad", "category", "supported", "full")
+# A brand that makes so many of a category's items is to be expected there.
+_TYPICAL_BRAND = 0.15
+
+
+@dataclass(frozen=True)
+class GroundedSettings:
+    """How the grounded writer writes.
+
+    Attributes:
+        announce: how much the last clause tells of the target, a list of which one is drawn for
+            each rationale (a model that has seen several can learn when to be vague):
+            "broad": its broadest category;
+            "category": all its categories;
+            "supported": and its series, brand and era where the history has them, or its brand
+            where that is common in its narrowest category;
+            "full": and its brand and era in any case.
+        max_evidence: facts in the first clause at most.
+        pruned: k, the history items that evidence is taken from.
+        paraphrases: ways to say a clause, of those in `prompts/rationale.yaml`; 1 is the plainest
+            and what a small model learns fastest.
+    """
+
+    announce: tuple[str, ...] = ("supported",)
+    max_evidence: int = 3
+    pruned: int = 10
+    paraphrases: int = 3
+
+    def __post_init__(self) -> None:
+        for name in self.announce:
+            if name not in SPECIFICITIES:
+                raise ValueError(f"announce: {name!r} is none of {', '.join(SPECIFICITIES)}")
+        if not self.announce:
+            raise ValueError(f"announce must name one of {', '.join(SPECIFICITIES)}, or several")
+        for name in ("max_evidence", "pruned", "paraphrases"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Rationale:
+    """A rationale, and the facts it is made of.
+
+    Attributes:
+        text: to stand between <think> and </think>.
+        evidence: what the history holds; shared with the target unless `jump`.
+        turn: what the newest items have in common, or nothing.
+        announced: what the next item should be like.
+        jump: the history and the target share nothing.
+    """
+
+    text: str
+    evidence: tuple[Fact, ...]
+    turn: tuple[Fact, ...]
+    announced: tuple[Fact, ...]
+    jump: bool
+
+
+class GroundedWriter:
+    """Writes rationales for one catalogue.
+
+    Args:
+        items: the catalogue.
+        vectors_ND: item vectors of length 1, for pruning.
+        settings: how to write.
+        seed: of the paraphrases and of `announce`.
+        wording: the words; the packaged ones when None.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        vectors_ND: np.ndarray,
+        settings: GroundedSettings,
+        seed: int,
+        wording: Wording | None = None,
+    ) -> None:
+        assert len(items) == len(vectors_ND)
+        self.items, self.vectors_ND = items, vectors_ND
+        self.settings, self.seed = settings, seed
+        self.book = FactBook(items)
+        self.wording = wording or packaged_wording()
+        self._makers = self._brands_by_category()
+
+    def write(
+        self, history: Sequence[int], target: int, *, user: int, position: int
+    ) -> Rationale | None:
+        """The rationale of one training step; None where the catalogue says nothing of the target.
+
+        Args:
+            history: item indices as the prompt shows them, oldest first.
+            target: the item that followed.
+            user, position: of the event; what is drawn depends on these and the seed alone.
+        """
+        rng = np.random.default_rng((self.seed, user, position))
+        specificity = self.settings.announce[int(rng.integers(len(self.settings.announce)))]
+        announced = self.announce(history, target, specificity=specificity)
+        if not announced:
+            return None
+        book, hidden = self.book, self._telltale(target)
+        pruned = prune(history, target, vectors_ND=self.vectors_ND, k=self.settings.pruned)
+        shared = [found.fact for found in shared_facts(book, pruned, target)]
+        evidence = [fact for fact in shared if fact != hidden][: self.settings.max_evidence]
+        jump = not evidence
+        if jump:
+            # Categories tell best what it is a change from.
+            leading = [found.fact for found in leading_facts(book, pruned) if found.fact != hidden]
+            evidence = [fact for fact in leading if fact.kind == "category"][:2] or leading[:2]
+        turned = turn(book, history)
+        # Said twice it would cost tokens and tell nothing.
+        told = turned is not None and turned.fact not in (*evidence, hidden)
+        newest = [turned.fact] if turned is not None and told else []
+        clauses: list[tuple[Clause, list[Fact]]] = [
+            ("jump" if jump else "evidence", evidence),
+            ("turn", newest),
+            ("next", announced),
+        ]
+        text = " ".join(
+            self.wording.say(clause, facts, book, way=self._way(clause, rng))
+            for clause, facts in clauses
+            if facts
+        )
+        return Rationale(text, tuple(evidence), tuple(newest), tuple(announced), jump)
+
+    def announce(self, history: Sequence[int], target: int, *, specificity: str) -> list[Fact]:
+        """What the next item should be like: categories, then series, brand, era."""
+        book = self.book
+        telling = [fact for fact in book.categories(target) if book.says_something(fact)]
+        categories = telling or list(book.categories(target))
+        if specificity == "broad":
+            return categories[:1]
+        others = [fact for fact in book.of(target) if fact.kind != "category"]
+        if specificity == "category":
+            # What has no category at all is better described by its brand than by nothing.
+            return categories or [fact for fact in others if fact.kind == "brand"]
+        known = {fact for item in history for fact in book.of(item)}
+        for fact in others:
+            expected = fact in known or (
+                fact.kind != "series"
+                and (specificity == "full" or self._is_typical(fact, categories))
+            )
+            if expected and fact != self._telltale(target) and book.says_something(fact):
+                categories.append(fact)
+        return categories
+
+    def _way(self, clause: Clause, rng: np.random.Generator) -> int:
+        ways = min(self.settings.paraphrases, self.wording.paraphrases(clause))
+        return int(rng.integers(ways))
+
+    def _telltale(self, target: int) -> Fact | None:
+        """The target's series, where that is its very title: "Toy Story" before "Toy Story 2"."""
+        title = title_words(self.items[target].title)
+        for fact in self.book.of(target):
+            if fact.kind == "series" and words_of(fact.name)[-len(title) :] == title:
+                return fact
+        return None
+
+    def _brands_by_category(self) -> dict[Fact, Counter[Fact]]:
+        makers: dict[Fact, Counter[Fact]] = {}
+        for item in range(len(self.items)):
+            brand = [fact for fact in self.book.of(item) if fact.kind == "brand"]
+            for fact in self.book.categories(item)[-1:]:
+                makers.setdefault(fact, Counter()).update(brand)
+        return makers
+
+    def _is_typical(self, brand: Fact, categories: Sequence[Fact]) -> bool:
+        if brand.kind != "brand" or not categories:
+            return False
+        narrowest = categories[-1]
+        made = self._makers.get(narrowest, Counter())[brand]
+        return made >= 2 and made >= _TYPICAL_BRAND * self.book.count(narrowest)
