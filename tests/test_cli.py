@@ -19,7 +19,7 @@ from whyrec.sid.index import read_sids
 from whyrec.sid.vocabulary import sid_text
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("prepare", "index", "align", "evaluate", "recommend", "add-items")
+COMMANDS = ("prepare", "index", "align", "activate", "evaluate", "recommend", "add-items")
 
 
 class Ran(NamedTuple):
@@ -183,6 +183,35 @@ def test_evaluate_without_baselines_on_valid(line) -> None:
         "whyrec/valid/excluded",
         "whyrec/valid/kept",
     }
+
+
+def test_activate_then_think(line, tmp_path) -> None:
+    run = Path(shutil.copytree(line.run, tmp_path / "run"))
+    recipe = tmp_path / "activate.yaml"
+    recipe.write_text(
+        "lora_rank: 2\nsteps_per_user: 1\nthought_tokens: 48\nthoughts: 2\nevaluations: 1\n"
+        "valid_users: 4\nbeam_width: 10\nbatch_tokens: 512\n"
+    )
+    command = ("activate", "--run", run, "--recipe", recipe, "--set", "max_steps=1")
+    ran = whyrec(*command)
+    assert ran.code == 0 and "rationales kept" in ran.err
+    assert "activate: unchanged" in whyrec(*command).err
+    model = run / "model" / "activated"
+    found = ("recommend", model, "--history", "loaf-01, mug-01", "-k", "3")
+    thinking = json.loads(whyrec(*found, "--json").out)["history"]
+    assert thinking["trace"] and len(thinking["items"]) == 3
+    shown = whyrec(*found).out.splitlines()
+    assert shown[4] == f"  thought: {' '.join(thinking['trace'].split())}"
+    plain = whyrec(*found, "--think", "off")
+    assert plain.code == 0 and "thought" not in plain.out
+    evaluated = ("evaluate", model, "--run", run, "--no-baselines", "--users", 6)
+    ran = whyrec(*evaluated, "--think", "both", "--thoughts", 1, "--temperature", 0, "--traces")
+    assert ran.code == 0
+    for key in ("cost/think/tokens", "trace/facts_true", "trace/kept/shuffled"):
+        assert re.search(rf"^{key} \d", ran.out, re.MULTILINE), key
+    assert (run / "eval" / "traces.parquet").exists()
+    refused = whyrec("recommend", line.model, "--history", "loaf-01", "--think", "on")
+    assert refused.code == 2 and "has not learnt to think" in refused.err
 
 
 def test_recommend_after_a_history(line) -> None:

@@ -30,7 +30,7 @@ from whyrec.prompting.encoder import PromptEncoder
 from whyrec.sid.index import read_sids
 from whyrec.sid.trie import Trie
 from whyrec.stage import fingerprint
-from whyrec.train.align import AlignRecipe, _arguments
+from whyrec.train.arguments import training_arguments
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
@@ -86,13 +86,14 @@ class Setting:
 
 def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> float:
     """Tokens a second of `AlignTrainer`."""
-    recipe = AlignRecipe(lora_rank=0, batch_tokens=row_tokens, micro_batch_tokens=row_tokens)
     order = PackedOrder(setting.mix, tokens=row_tokens, seed=0)
     steps = min(steps, len(order))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = AlignTrainer(
         setting.fresh(),
-        args=_arguments(recipe, folder, num_rows=steps, accumulated=1, lr=1e-5, evaluations=0),
+        args=training_arguments(
+            folder, num_rows=steps, accumulated=1, lr=1e-5, weight_decay=0.01, evaluations=0, seed=0
+        ),
         mix=setting.mix,
         order=order,
         encoder=setting.encoder,

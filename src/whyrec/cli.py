@@ -20,8 +20,9 @@ The stages, in order, each reading what the one before wrote into the run folder
   whyrec prepare ml-100k --run runs/ml-100k
   whyrec index    --run runs/ml-100k --recipe recipes/ml-100k/index.yaml
   whyrec align    --run runs/ml-100k --recipe recipes/ml-100k/align.yaml
-  whyrec evaluate  runs/ml-100k/model/aligned --run runs/ml-100k
-  whyrec recommend runs/ml-100k/model/aligned --history 50,172,181
+  whyrec activate --run runs/ml-100k --recipe recipes/ml-100k/activate.yaml
+  whyrec evaluate  runs/ml-100k/model/activated --run runs/ml-100k --think both
+  whyrec recommend runs/ml-100k/model/activated --history 50,172,181
 """
 
 
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _stage(commands, "index", _index, "embed the items, give each a semantic ID, build the trie")
     _stage(commands, "align", _align, "teach the LLM the semantic IDs; makes model/aligned")
+    _stage(commands, "activate", _activate, "teach it to say why first; makes model/activated")
 
     command = _command(commands, "evaluate", "rank the whole catalogue for a split's users")
     command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
@@ -111,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--language", action="store_true", help="add language kept, and captions of items"
     )
+    command.add_argument(
+        "--think",
+        choices=("on", "off", "both"),
+        help="rank with thinking, without, or both, and both mixed (off)",
+        default="off",
+    )
+    command.add_argument("--thoughts", type=int, help="thoughts a user; else the model's setting")
+    command.add_argument(
+        "--temperature", type=float, help="of their sampling; else the model's setting"
+    )
+    command.add_argument(
+        "--traces", action="store_true", help="check the traces; writes RUN/eval/traces.parquet"
+    )
     command.add_argument("--json", type=Path, help="write the record here besides RUN/eval")
     command.set_defaults(call=_evaluate)
 
@@ -121,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument("--history", help="item ids, oldest first, with commas between them")
     command.add_argument("--run", type=Path, help="the run folder that knows the user")
     command.add_argument("-k", type=int, default=10, help="how many items (10)")
+    command.add_argument(
+        "--think", choices=("on", "off"), help="say why first; on where the model has learnt to"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(call=_recommend)
 
@@ -184,6 +202,15 @@ def _align(options: argparse.Namespace) -> None:
     align(options.run, recipe, force=options.force)
 
 
+def _activate(options: argparse.Namespace) -> None:
+    from whyrec.recipe import load_recipe
+    from whyrec.train.activate import activate
+    from whyrec.train.activate_recipe import ActivateRecipe
+
+    recipe = load_recipe(ActivateRecipe, options.recipe, options.set)
+    activate(options.run, recipe, force=options.force)
+
+
 def _prior(text: str) -> float | Literal["auto"]:
     return "auto" if text == "auto" else float(text)
 
@@ -209,6 +236,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         tiger_recipe=tiger,
         prior_weight=options.prior,
         language=options.language,
+        think=options.think,
+        thoughts=options.thoughts,
+        temperature=options.temperature,
+        traces=options.traces,
         command=shlex.join(["whyrec", *sys.argv[1:]]),
         json_path=options.json,
     )
@@ -232,16 +263,22 @@ def _recommend(options: argparse.Namespace) -> None:
         ids = [item_id.strip() for item_id in options.history.split(",")]
         histories["history"] = [item_id for item_id in ids if item_id]
     recommender = Recommender.from_pretrained(options.model)
+    learnt = recommender.settings.thoughts is not None
+    think = learnt if options.think is None else options.think == "on"
     answers = {}
     for name, history in histories.items():
-        found = recommender.recommend(history, k=options.k)
+        found = recommender.recommend(history, k=options.k, think=think)
         answers[name] = {"history": history, "items": [entry.as_dict() for entry in found]}
+        if think:
+            answers[name]["trace"] = found.trace
         if options.json:
             continue
         shown = [recommender.items[i] for i in recommender.indices(history[-8:])]
         print(f"\n{name}, {len(history)} items; the newest:")
         for item in shown:
             print(f"    {item.title or item.item_id}")
+        if think:
+            print(f"  thought: {' '.join(found.trace.split())}")
         print("  recommended:")
         for rank, entry in enumerate(found, start=1):
             print(f"  {rank:3}. {entry.title or entry.item_id}   {entry.score:.2f}")

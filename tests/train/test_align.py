@@ -367,7 +367,7 @@ def test_the_warm_up_moves_new_rows_alone(
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_both_phases_attend_in_bf16_where_asked(run, backbone, monkeypatch, lora_rank) -> None:
     """As on a GPU, whose attention kernel takes nothing else."""
-    arguments, attend = align_module._arguments, packed_attention.packed_attention
+    arguments, attend = align_module.training_arguments, packed_attention.packed_attention
     dtypes: list[torch.dtype] = []
 
     def in_bf16(*settings, **named):
@@ -381,7 +381,7 @@ def test_both_phases_attend_in_bf16_where_asked(run, backbone, monkeypatch, lora
             dtypes.append(value.dtype)
         return attend(module, query, key, value, *rest, **named)
 
-    monkeypatch.setattr(align_module, "_arguments", in_bf16)
+    monkeypatch.setattr(align_module, "training_arguments", in_bf16)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, packed_attention.PACKED, watched)
     align(run, make_recipe(backbone, lora_rank=lora_rank, max_steps=2, evaluations=1))
     assert len(dtypes) > 8 and set(dtypes) == {torch.bfloat16}

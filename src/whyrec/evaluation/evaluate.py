@@ -2,13 +2,15 @@
 
 Every user's target is ranked among all items, with the items of the history kept and with them
 excluded; both are reported, each with a 95 % bootstrap interval, beside what our model gains over
-each baseline. On demand: a co-visitation prior mixed in, in rows of its own, and how much plain
-language the model has kept.
+each baseline. On demand: the same model thinking first (`evaluation/thinking.py`) and what its
+traces are worth (`evaluation/traces.py`), a co-visitation prior mixed in, in rows of its own, and
+how much plain language the model has kept.
 
     whyrec evaluate runs/ml-100k/model/aligned --run runs/ml-100k
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,14 @@ from whyrec.evaluation.comparison import HISTORIES, gain_figures, rank_baselines
 from whyrec.evaluation.language import language_figures
 from whyrec.evaluation.metrics import ranking_figures
 from whyrec.evaluation.results import record
+from whyrec.evaluation.thinking import (
+    cost_figures,
+    fused_rankings,
+    rank_after_thinking,
+    think_gains,
+    thought_settings,
+)
+from whyrec.evaluation.traces import trace_figures
 from whyrec.stage import fingerprint, read_stage
 
 
@@ -37,6 +47,10 @@ def evaluate(
     tiger_recipe: tiger.TigerRecipe | None = None,
     prior_weight: float | Literal["auto"] | None = None,
     language: bool = False,
+    think: Literal["on", "off", "both"] = "off",
+    thoughts: int | None = None,
+    temperature: float | None = None,
+    traces: bool = False,
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -53,21 +67,31 @@ def evaluate(
         prior_weight: weight of the co-visitation prior in rows `whyrec+prior`, `auto` to choose it
             on the validation split; None for no such rows.
         language: measure language kept and captions too.
+        think: rank without thinking, with it, or both, and both mixed.
+        thoughts: how many for each user; the model's own setting when None.
+        temperature: of their sampling; the model's own setting when None.
+        traces: measure the traces too and write `run/eval/traces.parquet`.
         command: how this was called, for the record.
         json_path: where the record is written besides.
 
     Returns:
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
-        `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `prior/weight`,
+        `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC` and
+        `fused_gain/METRIC` (shares, history excluded), `cost/...`, `trace/...`, `prior/weight`,
         `language/...` and `caption/...`.
 
     Raises:
-        ValueError: when the model belongs to another catalogue, or the split holds nothing.
+        ValueError: when the model belongs to another catalogue or cannot think, or the split holds
+            nothing.
     """
     if beams < 10:
         raise ValueError(f"beams must be at least 10, for metrics at 10, not {beams}")
     if isinstance(prior_weight, int | float) and not 0 <= prior_weight <= 1:
         raise ValueError(f"the prior's weight must lie between 0 and 1, not {prior_weight}")
+    if think == "on" and prior_weight is not None:
+        raise ValueError("the prior is mixed with rankings without thinking; use --think both")
+    if traces and think == "off":
+        raise ValueError("there are no traces without thinking; use --think on or both")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     dataset = Dataset.load(run / "dataset")
     examples = _examples(dataset, run, split=split, users=users)
@@ -77,16 +101,51 @@ def evaluate(
             f"{model} recommends {len(recommender.items)} items and {run} holds "
             f"{len(dataset.items)}: they are different catalogues; name the model's own run"
         )
+    if think != "off":
+        settings = thought_settings(recommender, samples=thoughts, temperature=temperature)
     seed = _seed(model)
-    rankings = _rank(recommender, examples, beams=beams, split=split)
-    ranked = {f"whyrec/{split}/{name}": ranking.items_EW for name, ranking in rankings.items()}
+    rows: dict[str, dict[str, Ranking]] = {}
     extra: dict[str, float] = {}
+    start = time.perf_counter()
+    if think != "on":
+        rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
+    seconds = (time.perf_counter() - start) / len(examples)
+    if think != "off":
+        thinking = rank_after_thinking(
+            recommender, examples, beams=beams, split=split, settings=settings
+        )
+        rows["whyrec-think"] = thinking.rankings
+        extra |= cost_figures(thinking)
+    if think == "both":
+        rows["whyrec-fused"] = fused_rankings(rows["whyrec"], thinking, beams=beams)
+        extra["cost/no-think/seconds"] = seconds
+        extra |= think_gains(
+            rows["whyrec"]["excluded"],
+            {name: rows[f"whyrec-{name}"]["excluded"] for name in ("think", "fused")},
+            examples.targets_E,
+            tokens=extra["cost/think/tokens"],
+        )
+    if traces:
+        extra |= trace_figures(
+            recommender,
+            dataset,
+            examples,
+            thinking,
+            beams=beams,
+            template_folder=model / "prompts",
+            path=run / "eval" / "traces.parquet",
+        )
+    ranked = {
+        f"{name}/{split}/{history}": ranking.items_EW
+        for name, by_history in rows.items()
+        for history, ranking in by_history.items()
+    }
     if prior_weight == "auto":
         prior_weight = _chosen_weight(recommender, dataset, run, beams=beams, users=users)
     if prior_weight is not None:
         extra["prior/weight"] = prior_weight
         counts = baselines.co_visitation(dataset)
-        for name, ranking in rankings.items():
+        for name, ranking in rows["whyrec"].items():
             mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
             ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
     ranked |= rank_baselines(
@@ -112,7 +171,9 @@ def evaluate(
             prefix=prefix,
             available_E=_available(dataset, examples, history=prefix.split("/")[2]),
         )
-    figures |= gain_figures(ranked, examples.targets_E) | extra
+    if think != "on":
+        figures |= gain_figures(ranked, examples.targets_E)
+    figures |= extra
     (run / "eval").mkdir(exist_ok=True)
     for path in (run / "eval" / "results.json", json_path):
         if path is not None:

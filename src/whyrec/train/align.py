@@ -10,7 +10,6 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,14 +21,13 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from transformers import PreTrainedModel
 
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
-from whyrec.backbone.lora import add_lora, load_adapter, plain_model, save_adapter
+from whyrec.backbone.lora import add_lora, load_adapter
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import Settings, save_model_folder
+from whyrec.decode.model_folder import Settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import load_templates, template_file
 from whyrec.recipe import load_recipe, recipe_config
@@ -37,11 +35,13 @@ from whyrec.sid.index import read_sids
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
+from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.continued import save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_replies
-from whyrec.train.trainer import BEST_METRIC, AlignTrainer, processes, say
+from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.warmup import warm_up
 
 
@@ -187,6 +187,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         valid = valid.take(recipe.valid_users, seed=0)
     sid_loss = SidLoss(vocabulary, trie.to(state.device), recipe.label_smoothing, recipe.dropout)
 
+    row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
+
     def trainer(phase: str, **settings: Any) -> AlignTrainer:
         mix = AlignmentMix(
             encoder,
@@ -203,16 +205,17 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             epochs=settings.pop("epochs"),
             seed=recipe.seed,
         )
-        micro_tokens, accumulated = _row_tokens(recipe)
-        order = PackedOrder(mix, tokens=micro_tokens, seed=recipe.seed)
+        order = PackedOrder(mix, tokens=row_tokens, seed=recipe.seed)
         say(f"align, {phase}: {len(mix)} examples in {len(order)} rows, {mix.tasks()}")
         return AlignTrainer(
             adapted,
-            args=_arguments(
-                recipe,
+            args=training_arguments(
                 folder / f".{phase}",
                 num_rows=len(order),
                 accumulated=accumulated,
+                weight_decay=recipe.weight_decay,
+                seed=recipe.seed,
+                report_to=recipe.report_to,
                 **settings,
             ),
             mix=mix,
@@ -236,7 +239,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         )
     summary = _train_mix(adapted, trainer, recipe, folder)
     if state.is_main_process:
-        _save(run, recipe, folder, adapted, tokenizer, list(trie.level_sizes))
+        made = Settings("aligned", recipe.backbone, list(trie.level_sizes), recipe.max_history)
+        save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
         for scratch in folder.glob(".*"):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
     return summary
@@ -267,67 +271,6 @@ def _adapted(model: PreTrainedModel, recipe: AlignRecipe, *, token_ids: list[int
     )
 
 
-def _row_tokens(recipe: AlignRecipe) -> tuple[int, int]:
-    """Tokens of one row, and how many rows a process trains on before an optimizer step."""
-    many = processes().num_processes
-    share = recipe.batch_tokens // many
-    accumulated = -(-share // recipe.micro_batch_tokens)
-    if share * many != recipe.batch_tokens or share % accumulated:
-        raise ValueError(
-            f"batch_tokens {recipe.batch_tokens} cannot be cut into equal rows of at most "
-            f"{recipe.micro_batch_tokens} tokens on {many} processes; make it a multiple of both"
-        )
-    return share // accumulated, accumulated
-
-
-def _arguments(
-    recipe: AlignRecipe,
-    folder: Path,
-    *,
-    num_rows: int,
-    accumulated: int,
-    lr: float,
-    evaluations: int,
-    max_steps: int = 0,
-) -> SFTConfig:
-    """TRL's configuration of one phase; the global batch is the same on any number of processes."""
-    steps = max(num_rows // (accumulated * processes().num_processes), 1)
-    steps = min(steps, max_steps) if max_steps else steps
-    every = max(steps // max(evaluations, 1), 1)
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulated,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=False,
-        max_length=None,
-        accelerator_config={"even_batches": False},  # rows hold different numbers of examples
-        logging_nan_inf_filter=False,  # it makes the host wait for the GPU at every step
-        remove_unused_columns=False,
-        dataloader_num_workers=4 if on_gpu else 0,
-        eval_strategy="steps" if evaluations else "no",
-        eval_steps=every,
-        save_strategy="steps" if evaluations else "no",
-        save_steps=every,
-        save_total_limit=1,
-        load_best_model_at_end=evaluations > 0,
-        metric_for_best_model=BEST_METRIC,
-        greater_is_better=True,
-        logging_steps=max(every // 5, 1),
-        report_to=recipe.report_to,
-        seed=recipe.seed,
-    )
-
-
 def _train_mix(
     adapted: nn.Module, trainer: Callable[..., AlignTrainer], recipe: AlignRecipe, folder: Path
 ) -> dict:
@@ -339,7 +282,7 @@ def _train_mix(
         evaluations=recipe.evaluations,
         max_steps=recipe.max_steps,
     )
-    last = _last_checkpoint(folder / ".mix")
+    last = last_checkpoint(folder / ".mix")
     start, released = None, None
     if recipe.checkpoint and isinstance(adapted, PeftModel):
         # The released checkpoint is a candidate too: a few steps may make it worse.
@@ -362,44 +305,6 @@ def _train_mix(
         "trained_tokens": mix.trained_tokens,
         "log": mix.state.log_history,
     }
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: its state is written last, so a killed one has none."""
-
-    def steps_done(checkpoint: Path) -> int:
-        try:
-            return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        except (OSError, ValueError):
-            return 0
-
-    last = max(folder.glob("checkpoint-*"), key=steps_done, default=None)
-    return str(last) if last is not None and steps_done(last) else None
-
-
-def _save(
-    run: Path,
-    recipe: AlignRecipe,
-    folder: Path,
-    adapted: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    level_sizes: list[int],
-) -> None:
-    """Write the merged model folder and, for LoRA, a releasable checkpoint inside it."""
-    if isinstance(adapted, PeftModel):
-        checkpoint = folder / "checkpoint"
-        save_adapter(adapted, checkpoint)
-        for name in ("sids.parquet", "codebooks.safetensors"):
-            shutil.copyfile(run / "sids" / name, checkpoint / name)
-        adapted = adapted.merge_and_unload()
-    save_model_folder(
-        folder,
-        model=plain_model(adapted),
-        tokenizer=tokenizer,
-        settings=Settings("aligned", recipe.backbone, level_sizes, recipe.max_history),
-        dataset_folder=run / "dataset",
-        sids_folder=run / "sids",
-    )
 
 
 def main() -> None:

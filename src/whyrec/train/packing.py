@@ -8,6 +8,7 @@ Dimensions: T tokens of a row, D documents (examples) in it, M positions of one 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,25 @@ from torch import Tensor
 from whyrec.prompting.encoder import IGNORED
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
-from whyrec.train.mix import AlignmentMix
 
 Row = dict[str, Tensor | list[Tensor] | int]
+
+
+class Mix(Protocol):
+    """Training examples of several epochs, rendered when they are asked for.
+
+    Attributes:
+        epoch_starts: index of each epoch's first example, and how many there are.
+    """
+
+    epoch_starts: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+
+    def length(self, index: int) -> int:
+        """At most how many tokens an example has, without rendering it."""
 
 
 class PackedOrder:
@@ -35,7 +52,7 @@ class PackedOrder:
         ValueError: when an example is longer than a row.
     """
 
-    def __init__(self, mix: AlignmentMix, *, tokens: int, seed: int) -> None:
+    def __init__(self, mix: Mix, *, tokens: int, seed: int) -> None:
         self.tokens = tokens
         self.longest = 0
         self.rows: list[list[int]] = [[]]

@@ -30,8 +30,7 @@ from whyrec.decode.ranking import rank_histories
 from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.train.loss import SidLoss, attach_sid_loss
-from whyrec.train.mix import AlignmentMix
-from whyrec.train.packing import PackedOrder, Row, pack
+from whyrec.train.packing import Mix, PackedOrder, Row, pack
 
 BEST_METRIC = "eval_N@10"
 
@@ -61,7 +60,7 @@ class AlignTrainer(SFTTrainer):
         model: nn.Module,
         *,
         args: SFTConfig,
-        mix: AlignmentMix,
+        mix: Mix,
         order: PackedOrder,
         encoder: PromptEncoder,
         sid_loss: SidLoss,
@@ -230,7 +229,7 @@ def _compile_blocks(model: PreTrainedModel) -> None:
             module.compile()
 
 
-def _render_row(batch: list[dict[str, int]], *, mix: AlignmentMix, **settings: Any) -> Row:
+def _render_row(batch: list[dict[str, int]], *, mix: Mix, **settings: Any) -> Row:
     return pack([mix[row["index"]] for row in batch], **settings)
 
 

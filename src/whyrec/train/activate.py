@@ -1,0 +1,250 @@
+"""Reasoning activation: teach an aligned model to say why before what (OneRec-Think §3.2).
+
+Rationales are written from pruned histories, with the target known, and trained after the *raw*
+history, followed by the item (arXiv 2510.11639). In a share of the examples the thought is closed
+at once, so that one model, given the same inputs, can do both. The checkpoint is chosen by ranking
+validation users with and without thinking.
+
+    whyrec activate --run runs/NAME --recipe recipes/NAME/activate.yaml
+    accelerate launch --config_file recipes/accelerate/gpu.yaml -m whyrec.train.activate \\
+        --run runs/NAME --recipe recipes/NAME/activate.yaml
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from whyrec.backbone.lora import plain_model
+from whyrec.catalog.dataset import Dataset
+from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.model_folder import Settings, read_settings
+from whyrec.decode.think import Thinker
+from whyrec.prompting.encoder import PromptEncoder
+from whyrec.prompting.templates import template_file
+from whyrec.reasoning.own import own_writer
+from whyrec.recipe import load_recipe, recipe_config
+from whyrec.sid.index import read_sids
+from whyrec.sid.trie import Trie
+from whyrec.stage import read_stage, run_stage
+from whyrec.train.activate_recipe import (
+    ActivateRecipe,
+    check_recipe,
+    thoughts_of,
+    writing_of,
+)
+from whyrec.train.align import check_checkpoint
+from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.continued import check_adapter, continued_model, save_trained
+from whyrec.train.loss import SidLoss
+from whyrec.train.packing import PackedOrder
+from whyrec.train.rationales import (
+    Rationales,
+    Writing,
+    read_rationales,
+    write_rationales,
+)
+from whyrec.train.thinking import ThinkingMix, ThinkingTrainer
+from whyrec.train.trainer import processes, say
+
+
+def activate(run: Path, recipe: ActivateRecipe, *, force: bool = False) -> None:
+    """Make `run/model/activated` out of `run/model/aligned`.
+
+    Raises:
+        ValueError: when an earlier stage is missing, a setting cannot be, the thoughts do not fit
+            the model's context, or the endpoint fails.
+    """
+    made_by = f"whyrec align --run {run} --recipe recipes/NAME/align.yaml"
+    aligned = run / "model" / "aligned"
+    read_stage(aligned, made_by=made_by)
+    settings = read_settings(aligned)
+    writing = writing_of(recipe, max_history=settings.max_history)
+    check_recipe(recipe)
+    check_adapter(aligned, lora_rank=recipe.lora_rank)
+    check_checkpoint(aligned, run / "sids")
+    inputs = {
+        "dataset": run / "dataset",
+        "sids": run / "sids",
+        "aligned": aligned,
+        "question": template_file("recommend"),
+        "templates": template_file("rationale"),
+    }
+    run_stage(
+        run / "model" / "activated",
+        lambda folder: _build(run, recipe, writing, settings, folder),
+        stage="activate",
+        config=recipe_config(recipe),
+        inputs=inputs,
+        force=force,
+        keep_partial=True,
+        processes=processes(),
+    )
+
+
+def _build(
+    run: Path, recipe: ActivateRecipe, writing: Writing, aligned: Settings, folder: Path
+) -> dict:
+    torch.manual_seed(recipe.seed)
+    state = processes()
+    dataset = Dataset.load(run / "dataset")
+    trie = Trie.load(run / "sids" / "trie.safetensors")
+    adapted, tokenizer, vocabulary = continued_model(
+        run, run / "model" / "aligned", lora_rank=recipe.lora_rank, seed=recipe.seed
+    )
+    codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
+    encoder = PromptEncoder(
+        tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist(), thinks=True
+    )
+    _check_context(plain_model(adapted), encoder, recipe, aligned.max_history)
+
+    def own_thinker() -> Thinker:
+        model = plain_model(adapted).to(state.device).eval()
+        return own_writer(BeamDecoder(model, vocabulary=vocabulary, trie=trie), encoder)
+
+    rationales, report = _rationales(run, writing, dataset, encoder, own_thinker, folder)
+    adapted.train()
+    trainer = _trainer(recipe, aligned, adapted, dataset, encoder, trie, rationales, folder)
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(folder / ".steps"))
+    if state.is_main_process:
+        made = replace(aligned, stage="activated", thoughts=thoughts_of(recipe))
+        save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
+        for scratch in folder.glob(".*"):
+            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+    return {
+        f"valid_{recipe.best_metric}": trainer.state.best_metric,
+        "best_checkpoint_step": trainer.state.best_global_step,
+        "rationales": report,
+        "train_seconds": result.metrics["train_runtime"],
+        "evaluation_seconds": trainer.evaluation_seconds,
+        "trained_tokens": trainer.trained_tokens,
+        "log": trainer.state.log_history,
+    }
+
+
+def _check_context(
+    model: PreTrainedModel, encoder: PromptEncoder, recipe: ActivateRecipe, max_history: int
+) -> None:
+    longest = len(encoder.answer_prompt([0] * max_history)) + recipe.thought_tokens + 16
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > limit:
+        raise ValueError(
+            f"histories of {max_history} items and thought_tokens {recipe.thought_tokens} make "
+            f"{longest} tokens, but the model reads {limit}; lower thought_tokens in the recipe"
+        )
+
+
+def _rationales(
+    run: Path,
+    writing: Writing,
+    dataset: Dataset,
+    encoder: PromptEncoder,
+    own_thinker: Callable[[], Thinker],
+    folder: Path,
+) -> tuple[Rationales, dict]:
+    """The rationales to train on; written by the main process unless they are there already."""
+    file = folder / "rationales.parquet"
+    state = processes()
+    if state.is_main_process and not file.exists():
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
+            write_rationales(
+                run,
+                writing,
+                dataset=dataset,
+                encoder=encoder,
+                own_thinker=own_thinker,
+                file=file,
+            )
+    while not file.exists():  # a barrier would time out: an endpoint may take hours
+        time.sleep(1)
+    state.wait_for_everyone()
+    rationales, report = read_rationales(file)
+    say(
+        f"activate: {report['kept']} of {report['written']} rationales kept, "
+        f"{report['mean_tokens']} tokens on average; dropped: {report['dropped'] or 'none'}"
+    )
+    return rationales, report
+
+
+def _trainer(
+    recipe: ActivateRecipe,
+    aligned: Settings,
+    adapted: nn.Module,
+    dataset: Dataset,
+    encoder: PromptEncoder,
+    trie: Trie,
+    rationales: Rationales,
+    folder: Path,
+) -> ThinkingTrainer:
+    mix = ThinkingMix(
+        encoder,
+        sequences=dataset.training_sequences(),
+        rationales=rationales,
+        no_think=recipe.no_think,
+        max_history=aligned.max_history,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+    )
+    row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
+    order = PackedOrder(mix, tokens=row_tokens, seed=recipe.seed)
+    say(f"activate: {len(mix)} examples in {len(order)} rows, {mix.tasks()}")
+    valid = dataset.examples("valid")
+    if 0 < recipe.valid_users < len(valid):
+        valid = valid.take(recipe.valid_users, seed=0)
+    return ThinkingTrainer(
+        adapted,
+        args=training_arguments(
+            folder / ".steps",
+            num_rows=len(order),
+            accumulated=accumulated,
+            lr=recipe.lr,
+            evaluations=recipe.evaluations,
+            max_steps=recipe.max_steps,
+            weight_decay=recipe.weight_decay,
+            seed=recipe.seed,
+            report_to=recipe.report_to,
+        ),
+        mix=mix,
+        order=order,
+        encoder=encoder,
+        sid_loss=SidLoss(
+            encoder.vocabulary,
+            trie.to(processes().device),
+            recipe.label_smoothing,
+            recipe.dropout,
+            recipe.text_weight,
+        ),
+        valid=valid,
+        beam_width=recipe.beam_width,
+        max_history=aligned.max_history,
+        compiled=recipe.compile,
+        thoughts=thoughts_of(recipe),
+        best_metric=recipe.best_metric,
+    )
+
+
+def main() -> None:
+    """The stage by itself, for `accelerate launch -m whyrec.train.activate`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/ml-100k")
+    parser.add_argument("--recipe", type=Path, help="activate.yaml; defaults without it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--force", action="store_true", help="run again even if nothing changed")
+    options = parser.parse_args()
+    try:
+        recipe = load_recipe(ActivateRecipe, options.recipe, options.set)
+        activate(options.run, recipe, force=options.force)
+    except (ValueError, OSError) as error:
+        say(f"whyrec: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

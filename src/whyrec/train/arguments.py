@@ -1,0 +1,105 @@
+"""TRL's configuration of one phase of training on packed rows, the same for every stage."""
+
+import json
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from whyrec.train.trainer import BEST_METRIC, processes
+
+
+def cut_rows(batch_tokens: int, *, micro: int) -> tuple[int, int]:
+    """Tokens of one row, and how many rows a process trains on before an optimizer step.
+
+    Args:
+        batch_tokens: tokens of an optimizer step, over all processes.
+        micro: tokens of one row at most.
+
+    Raises:
+        ValueError: when the rows of the processes would not be equal.
+    """
+    many = processes().num_processes
+    share = batch_tokens // many
+    accumulated = -(-share // micro)
+    if share * many != batch_tokens or share % accumulated:
+        raise ValueError(
+            f"batch_tokens {batch_tokens} cannot be cut into equal rows of at most {micro} tokens "
+            f"on {many} processes; make it a multiple of both"
+        )
+    return share // accumulated, accumulated
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    num_rows: int,
+    accumulated: int,
+    lr: float,
+    weight_decay: float,
+    evaluations: int,
+    max_steps: int = 0,
+    seed: int,
+    report_to: str = "none",
+) -> SFTConfig:
+    """The configuration; the global batch is the same on any number of processes.
+
+    Args:
+        folder: for checkpoints.
+        num_rows: rows that there are to train on.
+        accumulated: rows of a process in an optimizer step.
+        lr: peak of the cosine schedule.
+        weight_decay: of AdamW.
+        evaluations: evenly over the steps, each with a checkpoint; none without.
+        max_steps: optimizer steps at most; 0 for all rows.
+        seed: of dropout.
+        report_to: a tracker that transformers knows, or none.
+    """
+    steps = max(num_rows // (accumulated * processes().num_processes), 1)
+    steps = min(steps, max_steps) if max_steps else steps
+    every = max(steps // max(evaluations, 1), 1)
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,
+        max_length=None,
+        accelerator_config={"even_batches": False},  # rows hold different numbers of examples
+        logging_nan_inf_filter=False,  # it makes the host wait for the GPU at every step
+        remove_unused_columns=False,
+        dataloader_num_workers=4 if on_gpu else 0,
+        eval_strategy="steps" if evaluations else "no",
+        eval_steps=every,
+        save_strategy="steps" if evaluations else "no",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=evaluations > 0,
+        metric_for_best_model=BEST_METRIC,
+        greater_is_better=True,
+        logging_steps=max(every // 5, 1),
+        report_to=report_to,
+        seed=seed,
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: its state is written last, so a killed one has none."""
+
+    def steps_done(checkpoint: Path) -> int:
+        try:
+            return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError):
+            return 0
+
+    last = max(folder.glob("checkpoint-*"), key=steps_done, default=None)
+    return str(last) if last is not None and steps_done(last) else None

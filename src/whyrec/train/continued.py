@@ -1,0 +1,111 @@
+"""A model of an earlier stage that goes on training, and the model folder that it becomes.
+
+With LoRA the plain backbone and the adapter are loaded, not the merged weights: what comes out is
+one adapter again, however many stages it has passed, which can be released beside the backbone.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from whyrec.backbone.extend import extend_vocabulary, new_token_ids
+from whyrec.backbone.load import load_backbone
+from whyrec.backbone.lora import load_adapter, plain_model, save_adapter
+from whyrec.decode.model_folder import (
+    Settings,
+    load_model_folder,
+    read_settings,
+    save_model_folder,
+)
+from whyrec.sid.quantizers import load_quantizer
+from whyrec.sid.vocabulary import SidVocabulary
+from whyrec.stage import read_stage
+
+
+def check_adapter(folder: Path, *, lora_rank: int) -> None:
+    """Refuse, before any work, a rank that the model of a stage cannot go on with.
+
+    Args:
+        folder: the model folder of the earlier stage, e.g. `runs/NAME/model/aligned`.
+        lora_rank: of the recipe; 0 trains all weights, which always can be.
+
+    Raises:
+        ValueError: when the model has no adapter, or one of another rank.
+    """
+    if lora_rank == 0:
+        return
+    config = folder / "checkpoint" / "adapter_config.json"
+    made = read_stage(folder, made_by="whyrec align")["config"]
+    if not config.exists() or made.get("random_weights", False):
+        raise ValueError(
+            f"{folder} was trained without an adapter on a plain backbone; set lora_rank: 0"
+        )
+    rank = json.loads(config.read_text(encoding="utf-8"))["r"]
+    if rank != lora_rank:
+        raise ValueError(
+            f"the adapter in {config.parent} has rank {rank} and goes on training; set "
+            f"lora_rank: {rank}, or 0 to train all weights"
+        )
+
+
+def continued_model(
+    run: Path, folder: Path, *, lora_rank: int, seed: int
+) -> tuple[nn.Module, PreTrainedTokenizerBase, SidVocabulary]:
+    """The model that goes on training, its tokenizer, and where its SID tokens are.
+
+    Args:
+        run: the run folder, for its codebooks.
+        folder: the model folder of the earlier stage.
+        lora_rank: of its adapter; 0 for a plain model, all of whose weights train.
+        seed: of new rows that no adapter holds.
+    """
+    if lora_rank == 0:
+        parts = load_model_folder(folder, device="cpu", dtype=torch.float32)
+        return parts.model, parts.tokenizer, parts.vocabulary
+    settings = read_settings(folder)
+    model, tokenizer = load_backbone(settings.backbone)
+    codebooks = load_quantizer(run / "sids" / "codebooks.safetensors").codebooks
+    vocabulary = extend_vocabulary(
+        model, tokenizer, level_sizes=settings.level_sizes, codebooks=codebooks, seed=seed
+    )
+    token_ids = new_token_ids(vocabulary, tokenizer)
+    adapted = load_adapter(model, folder / "checkpoint", token_ids=token_ids)
+    return adapted, tokenizer, vocabulary
+
+
+def save_trained(
+    run: Path,
+    folder: Path,
+    *,
+    adapted: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+) -> None:
+    """Write the merged model folder and, for LoRA, a releasable checkpoint inside it.
+
+    Args:
+        run: the run folder, whose catalogue the model belongs to.
+        folder: where to.
+        adapted: the trained model; merged in place.
+        tokenizer: of the model.
+        settings: what `whyrec.json` shall say.
+    """
+    if isinstance(adapted, PeftModel):
+        checkpoint = folder / "checkpoint"
+        save_adapter(adapted, checkpoint)
+        for name in ("sids.parquet", "codebooks.safetensors"):
+            shutil.copyfile(run / "sids" / name, checkpoint / name)
+        adapted = adapted.merge_and_unload()
+    save_model_folder(
+        folder,
+        model=plain_model(adapted),
+        tokenizer=tokenizer,
+        settings=settings,
+        dataset_folder=run / "dataset",
+        sids_folder=run / "sids",
+    )

@@ -1,0 +1,172 @@
+"""What activation trains on, and how it is evaluated: thinking and not thinking, side by side.
+
+An example is the raw history, a thought and the item; in a share of the examples the thought is
+closed at once, which is the no-think mode. A loss is taken on the rationale, on the `</think>` that
+ends it and on the SID; not on a `</think>` that closes a thought at once, which would teach the
+model not to think.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from whyrec.backbone.lora import plain_model
+from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.ranking import Ranking, rank_histories
+from whyrec.decode.think import Thinker, ThoughtSettings
+from whyrec.decode.thought_ranking import fuse, rank_thinking
+from whyrec.evaluation.metrics import ranking_metrics
+from whyrec.prompting.encoder import Example, PromptEncoder
+from whyrec.train.rationales import Rationales
+from whyrec.train.trainer import AlignTrainer
+
+METRICS = ("R@5", "R@10", "N@5", "N@10")
+MODES = ("", "think_", "fused_")
+
+
+class ThinkingMix:
+    """Training examples of several epochs; each holds every step with a rationale once.
+
+    Which examples do without their rationale is drawn anew each epoch, from the seed alone.
+
+    Args:
+        encoder: renders prompts.
+        sequences: by user, item indices of the training events.
+        rationales: of the steps.
+        no_think: share of an epoch's examples whose thought is closed at once.
+        max_history: items of a history in a prompt.
+        epochs: how many epochs to lay out.
+        seed: of what is drawn.
+
+    Attributes:
+        epoch_starts: index of each epoch's first example, and how many there are.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        *,
+        sequences: Sequence[np.ndarray],
+        rationales: Rationales,
+        no_think: float,
+        max_history: int,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        self.encoder, self.sequences, self.max_history = encoder, sequences, max_history
+        self.keys = rationales.keys
+        self._thoughts = [encoder.text(text) for text in rationales.texts]
+        steps = len(self.keys)
+        self.epoch_starts = [epoch * steps for epoch in range(epochs + 1)]
+        silent = [
+            np.random.default_rng((seed, epoch, 5)).permutation(steps)[: round(no_think * steps)]
+            for epoch in range(epochs)
+        ]
+        self._thinks = np.ones((epochs, steps), dtype=bool)
+        for epoch, chosen in enumerate(silent):
+            self._thinks[epoch, chosen] = False
+        frame = encoder.frame(encoder.recommend["system"])
+        self._ending = [encoder.vocabulary.end, *frame.after_reply[:1]]
+        self._frame_tokens = len(encoder.answer_prompt([])) + len(self._ending)
+
+    def __len__(self) -> int:
+        return self.epoch_starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        encoder, thought = self.encoder, self._thought(index)
+        user, position = self.keys[index % len(self.keys)]
+        sequence = self.sequences[user]
+        history = sequence[max(0, position - self.max_history) : position].tolist()
+        example = Example().add(encoder.thinking_prompt(history), trained=False)
+        example.add(thought, trained=True)
+        example.add([encoder.vocabulary.think_end], trained=bool(thought))
+        example.add([encoder.vocabulary.begin], trained=False)  # the recommender opens the SID
+        example.add([*encoder.item(int(sequence[position])), *self._ending], trained=True)
+        return {"input_ids": example.input_ids, "labels": example.labels}
+
+    def length(self, index: int) -> int:
+        """Tokens of an example, without rendering it."""
+        _, position = self.keys[index % len(self.keys)]
+        items = min(position, self.max_history) + 1
+        levels = self.encoder.vocabulary.num_levels
+        return self._frame_tokens + items * levels + len(self._thought(index))
+
+    def tasks(self) -> dict[str, int]:
+        """Number of examples with a thought and without, over all epochs."""
+        thinking = int(self._thinks.sum())
+        return {"think": thinking, "no_think": len(self) - thinking}
+
+    def _thought(self, index: int) -> list[int]:
+        epoch, step = divmod(index, len(self.keys))
+        return self._thoughts[step] if self._thinks[epoch, step] else []
+
+
+class ThinkingTrainer(AlignTrainer):
+    """Evaluates by ranking without thinking, with thinking, and with both fused.
+
+    Args:
+        thoughts: how to think.
+        best_metric: what the best checkpoint is best by, such as `think_N@10`.
+        settings: of `AlignTrainer`.
+    """
+
+    def __init__(
+        self, *arguments: Any, thoughts: ThoughtSettings, best_metric: str, **settings: Any
+    ) -> None:
+        self.thoughts = thoughts
+        settings["args"].metric_for_best_model = f"eval_{best_metric}"
+        super().__init__(*arguments, **settings)
+
+    def rank_valid(self) -> dict[str, float]:
+        """Mean validation metrics: `N@10`, `think_N@10`, `fused_N@10` and the like."""
+        self._gather()
+        model = plain_model(self.whole).to(self.args.device)
+        was_training = model.training
+        model.eval()
+        mine = np.arange(self.args.process_index, len(self.valid), self.args.world_size)
+        with (
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
+            torch.compiler.set_stance("force_eager"),  # prompts and beams have shapes of their own
+        ):
+            rankings, tokens = self._rank(model, mine)
+        model.train(was_training)
+        if self.is_fsdp_enabled:
+            model.to("cpu")  # a whole model beside its shards would fill the GPU
+        columns: dict[str, list[float]] = {}
+        for mode, ranking in zip(MODES, rankings, strict=True):
+            found = ranking_metrics(ranking.items_EW, self.valid.targets_E[mine], cutoffs=(5, 10))
+            columns |= {f"{mode}{name}": found[name].tolist() for name in METRICS}
+        columns["thought_tokens"] = tokens
+        everyone = np.asarray(gather_object(list(zip(*columns.values(), strict=True))))
+        return dict(zip(columns, everyone.mean(0).tolist(), strict=True))
+
+    def _rank(self, model: Any, mine: np.ndarray) -> tuple[list[Ranking], list[float]]:
+        """Rankings of some validation users by mode, and the mean tokens of their thoughts."""
+        decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.sid_loss.trie)
+        histories = [self.valid.histories[i] for i in mine]
+        bar = "validation" if self.accelerator.is_main_process else ""
+        (plain,) = rank_histories(
+            decoder,
+            self.encoder,
+            histories,
+            width=self.beam_width,
+            max_history=self.max_history,
+            progress=bar,
+        )
+        thinking = rank_thinking(
+            Thinker(decoder, self.encoder),
+            histories,
+            settings=self.thoughts,
+            keys=self.valid.users_E[mine].tolist(),
+            width=self.beam_width,
+            max_history=self.max_history,
+            progress=bar and "thinking",
+        )
+        (thought,) = thinking.rankings
+        weights = [self.thoughts.weight, 1 - self.thoughts.weight]
+        fused = fuse([thought, plain], weights=weights, width=self.beam_width)
+        tokens = [float(np.mean([len(ids) for ids in own])) for own in thinking.thoughts]
+        return [plain, thought, fused], tokens
