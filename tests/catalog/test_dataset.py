@@ -86,6 +86,8 @@ def test_take_is_fixed_ordered_and_nested() -> None:
     assert set(small) < set(large)
     assert small != examples.take(5, 4).users_E.tolist()
     assert len(examples.take(99, 0)) == length
+    assert examples.at_most(5).users_E.tolist() == examples.take(5, 0).users_E.tolist()
+    assert examples.at_most(0) is examples.at_most(length) is examples
 
 
 def test_folders_that_are_no_dataset(tmp_path: Path, prepared: Path) -> None:

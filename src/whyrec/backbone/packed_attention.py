@@ -14,6 +14,7 @@ Dimensions: T tokens of the row, D documents, H query heads, J key/value heads, 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def packed_attention(
                 scale=scaling,
                 enable_gqa=key_1JTE.shape[1] != query_1HTE.shape[1],
             )
-            for start, stop in zip(*_starts_and_stops(document_starts), strict=True)
+            for start, stop in pairwise(document_starts.tolist())
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2), None
     # Rotations may have lifted queries and keys to float32 under autocast.
@@ -88,11 +89,6 @@ def packed_attention(
 
 
 AttentionInterface.register(PACKED, packed_attention)
-
-
-def _starts_and_stops(document_starts: Tensor) -> tuple[list[int], list[int]]:
-    bounds = document_starts.tolist()
-    return bounds[:-1], bounds[1:]
 
 
 @contextmanager

@@ -71,6 +71,10 @@ class Examples:
             self.users_E[chosen], [self.histories[i] for i in chosen], self.targets_E[chosen]
         )
 
+    def at_most(self, n: int) -> "Examples":
+        """The fixed subset of `n` that a setting such as `valid_users` asks for; 0 for all."""
+        return self.take(n, seed=0) if 0 < n < len(self) else self
+
 
 class Dataset:
     """Items, users and their sequences.

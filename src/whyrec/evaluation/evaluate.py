@@ -216,7 +216,7 @@ def _examples(dataset: Dataset, run: Path, *, split: str, users: int) -> Example
     examples = dataset.examples(split)  # type: ignore[arg-type]
     if not len(examples):
         raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
-    return examples.take(users, seed=0) if 0 < users < len(examples) else examples
+    return examples.at_most(users)
 
 
 def _available(dataset: Dataset, examples: Examples, *, history: str) -> np.ndarray:

@@ -48,6 +48,7 @@ from whyrec.evaluation.fitting import (
 from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.evaluation.tuning import tuning_command
 from whyrec.sid.index import read_sids
+from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 from whyrec.stage import read_stage
@@ -170,17 +171,15 @@ class Tiger(nn.Module):
     def _sid_nll(self, hidden_PLD: Tensor, items_P: Tensor) -> Tensor:
         """Sum over items and levels; a code that the trie forces costs nothing."""
         head_VD = self.llama.get_output_embeddings().weight
-        smoothing = self.recipe.label_smoothing
         total = hidden_PLD.new_zeros((), dtype=torch.float32)
         for level, offset in enumerate(self.vocabulary.offsets):
             rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
-            legal_PK = self.trie.mask(self.nodes_NL[items_P, level], level=level)
-            logits_PK = (hidden_PLD[:, level] @ rows_KD.T).float()
-            log_probs_PK = logits_PK.masked_fill(~legal_PK, -torch.inf).log_softmax(-1)
-            codes_P1 = self.tokens_NL[items_P, level][:, None] - offset
-            exact = -log_probs_PK.gather(1, codes_P1).sum()
-            spread_P = -log_probs_PK.masked_fill(~legal_PK, 0.0).sum(-1) / legal_PK.sum(-1)
-            total = total + (1 - smoothing) * exact + smoothing * spread_P.sum()
+            total = total + legal_nll(
+                (hidden_PLD[:, level] @ rows_KD.T).float(),
+                self.tokens_NL[items_P, level] - offset,
+                legal_MK=self.trie.mask(self.nodes_NL[items_P, level], level=level),
+                label_smoothing=self.recipe.label_smoothing,
+            )
         return total
 
     def recommendation_prompt(self, history: Sequence[int]) -> list[int]:
@@ -243,8 +242,7 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dataset = Dataset.load(run / "dataset")
     sequences, valid = training_data(dataset, name="TIGER")
-    if 0 < recipe.valid_users < len(valid):
-        valid = valid.take(recipe.valid_users, seed=0)
+    valid = valid.at_most(recipe.valid_users)
     return fit(
         lambda: untrained(run, dataset, recipe, device=device),
         recipe,

@@ -10,9 +10,6 @@ validation users with and without thinking.
         --run runs/NAME --recipe recipes/NAME/activate.yaml
 """
 
-import argparse
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +27,7 @@ from whyrec.decode.think import Thinker
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
 from whyrec.reasoning.own import own_writer
-from whyrec.recipe import load_recipe, recipe_config
+from whyrec.recipe import recipe_config
 from whyrec.sid.index import read_sids
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
@@ -42,6 +39,7 @@ from whyrec.train.activate_recipe import (
 )
 from whyrec.train.align import check_checkpoint
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.command import stage_command
 from whyrec.train.continued import check_adapter, continued_model, save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.packing import PackedOrder
@@ -116,8 +114,6 @@ def _build(
     if state.is_main_process:
         made = replace(aligned, stage="activated", thoughts=thoughts_of(recipe))
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
-        for scratch in folder.glob(".*"):
-            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
     return {
         f"valid_{recipe.best_metric}": trainer.state.best_metric,
         "best_checkpoint_step": trainer.state.best_global_step,
@@ -195,9 +191,7 @@ def _trainer(
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
     order = PackedOrder(mix, tokens=row_tokens, seed=recipe.seed)
     say(f"activate: {len(mix)} examples in {len(order)} rows, {mix.tasks()}")
-    valid = dataset.examples("valid")
-    if 0 < recipe.valid_users < len(valid):
-        valid = valid.take(recipe.valid_users, seed=0)
+    valid = dataset.examples("valid").at_most(recipe.valid_users)
     return ThinkingTrainer(
         adapted,
         args=training_arguments(
@@ -230,21 +224,5 @@ def _trainer(
     )
 
 
-def main() -> None:
-    """The stage by itself, for `accelerate launch -m whyrec.train.activate`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/ml-100k")
-    parser.add_argument("--recipe", type=Path, help="activate.yaml; defaults without it")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--force", action="store_true", help="run again even if nothing changed")
-    options = parser.parse_args()
-    try:
-        recipe = load_recipe(ActivateRecipe, options.recipe, options.set)
-        activate(options.run, recipe, force=options.force)
-    except (ValueError, OSError) as error:
-        say(f"whyrec: {error}")
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    stage_command(activate, ActivateRecipe, description=__doc__)

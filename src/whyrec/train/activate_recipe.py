@@ -6,7 +6,8 @@ from whyrec.decode.think import ThoughtSettings
 from whyrec.reasoning.endpoint import EndpointSettings
 from whyrec.reasoning.grounded import GroundedSettings
 from whyrec.train.rationales import Writing
-from whyrec.train.thinking import METRICS, MODES
+from whyrec.train.thinking import MODES
+from whyrec.train.trainer import METRICS
 
 
 @dataclass

@@ -9,9 +9,6 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
         --run runs/NAME --recipe recipes/NAME/align.yaml
 """
 
-import argparse
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +27,13 @@ from whyrec.catalog.dataset import Dataset
 from whyrec.decode.model_folder import Settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import load_templates, template_file
-from whyrec.recipe import load_recipe, recipe_config
+from whyrec.recipe import recipe_config
 from whyrec.sid.index import read_sids
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.command import stage_command
 from whyrec.train.continued import save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
@@ -182,9 +180,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = _adapted(model, recipe, token_ids=token_ids)
-    valid = dataset.examples("valid")
-    if 0 < recipe.valid_users < len(valid):
-        valid = valid.take(recipe.valid_users, seed=0)
+    valid = dataset.examples("valid").at_most(recipe.valid_users)
     sid_loss = SidLoss(vocabulary, trie.to(state.device), recipe.label_smoothing, recipe.dropout)
 
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
@@ -241,8 +237,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     if state.is_main_process:
         made = Settings("aligned", recipe.backbone, list(trie.level_sizes), recipe.max_history)
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
-        for scratch in folder.glob(".*"):
-            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
     return summary
 
 
@@ -307,21 +301,5 @@ def _train_mix(
     }
 
 
-def main() -> None:
-    """The stage by itself, for `accelerate launch -m whyrec.train.align`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/ml-100k")
-    parser.add_argument("--recipe", type=Path, help="align.yaml; defaults without it")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--force", action="store_true", help="run again even if nothing changed")
-    options = parser.parse_args()
-    try:
-        recipe = load_recipe(AlignRecipe, options.recipe, options.set)
-        align(options.run, recipe, force=options.force)
-    except (ValueError, OSError) as error:
-        say(f"whyrec: {error}")
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    stage_command(align, AlignRecipe, description=__doc__)

@@ -86,7 +86,7 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
 ) -> None:
-    """Write the merged model folder and, for LoRA, a releasable checkpoint inside it.
+    """Write the merged model folder and, for LoRA, a releasable checkpoint; no scratch is left.
 
     Args:
         run: the run folder, whose catalogue the model belongs to.
@@ -109,3 +109,5 @@ def save_trained(
         dataset_folder=run / "dataset",
         sids_folder=run / "sids",
     )
+    for scratch in folder.glob(".*"):
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()

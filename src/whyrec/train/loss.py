@@ -29,6 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from whyrec.backbone.packed_attention import PACKED, attention_of
 from whyrec.prompting.encoder import IGNORED
+from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 
@@ -82,18 +83,13 @@ class SidLoss:
                 continue
             rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
             logits_MK = (hidden_TD[here_M] @ rows_KD.T).float()
-            loss = loss + self._sid_nll(
-                logits_MK, targets_T[here_M] - offset, self.trie.mask(nodes_M, level=level)
+            loss = loss + legal_nll(
+                logits_MK,
+                targets_T[here_M] - offset,
+                legal_MK=self.trie.mask(nodes_M, level=level),
+                label_smoothing=self.label_smoothing,
             )
         return loss
-
-    def _sid_nll(self, logits_MK: Tensor, codes_M: Tensor, legal_MK: Tensor) -> Tensor:
-        log_probs_MK = logits_MK.masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
-        loss = -log_probs_MK.gather(1, codes_M[:, None]).sum()
-        if self.label_smoothing == 0.0:
-            return loss
-        spread_M = -log_probs_MK.masked_fill(~legal_MK, 0.0).sum(-1) / legal_MK.sum(-1)
-        return (1 - self.label_smoothing) * loss + self.label_smoothing * spread_M.sum()
 
 
 def _text_nll(hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:

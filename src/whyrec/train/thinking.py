@@ -10,20 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object
 
-from whyrec.backbone.lora import plain_model
 from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.ranking import Ranking, rank_histories
 from whyrec.decode.think import Thinker, ThoughtSettings
 from whyrec.decode.thought_ranking import fuse, rank_thinking
-from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.prompting.encoder import Example, PromptEncoder
 from whyrec.train.rationales import Rationales
 from whyrec.train.trainer import AlignTrainer
 
-METRICS = ("R@5", "R@10", "N@5", "N@10")
 MODES = ("", "think_", "fused_")
 
 
@@ -120,53 +114,24 @@ class ThinkingTrainer(AlignTrainer):
         settings["args"].metric_for_best_model = f"eval_{best_metric}"
         super().__init__(*arguments, **settings)
 
-    def rank_valid(self) -> dict[str, float]:
-        """Mean validation metrics: `N@10`, `think_N@10`, `fused_N@10` and the like."""
-        self._gather()
-        model = plain_model(self.whole).to(self.args.device)
-        was_training = model.training
-        model.eval()
-        mine = np.arange(self.args.process_index, len(self.valid), self.args.world_size)
-        with (
-            torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
-            torch.compiler.set_stance("force_eager"),  # prompts and beams have shapes of their own
-        ):
-            rankings, tokens = self._rank(model, mine)
-        model.train(was_training)
-        if self.is_fsdp_enabled:
-            model.to("cpu")  # a whole model beside its shards would fill the GPU
-        columns: dict[str, list[float]] = {}
-        for mode, ranking in zip(MODES, rankings, strict=True):
-            found = ranking_metrics(ranking.items_EW, self.valid.targets_E[mine], cutoffs=(5, 10))
-            columns |= {f"{mode}{name}": found[name].tolist() for name in METRICS}
-        columns["thought_tokens"] = tokens
-        everyone = np.asarray(gather_object(list(zip(*columns.values(), strict=True))))
-        return dict(zip(columns, everyone.mean(0).tolist(), strict=True))
-
-    def _rank(self, model: Any, mine: np.ndarray) -> tuple[list[Ranking], list[float]]:
-        """Rankings of some validation users by mode, and the mean tokens of their thoughts."""
-        decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.sid_loss.trie)
-        histories = [self.valid.histories[i] for i in mine]
-        bar = "validation" if self.accelerator.is_main_process else ""
-        (plain,) = rank_histories(
-            decoder,
-            self.encoder,
-            histories,
-            width=self.beam_width,
-            max_history=self.max_history,
-            progress=bar,
-        )
+    def _rank(self, decoder: BeamDecoder, mine: np.ndarray) -> dict[str, list[float]]:
+        """`N@10`, `think_N@10`, `fused_N@10` and the like, and the mean tokens of the thoughts."""
+        plain = self._rank_histories(decoder, mine)
         thinking = rank_thinking(
             Thinker(decoder, self.encoder),
-            histories,
+            [self.valid.histories[i] for i in mine],
             settings=self.thoughts,
             keys=self.valid.users_E[mine].tolist(),
             width=self.beam_width,
             max_history=self.max_history,
-            progress=bar and "thinking",
+            progress="thinking" if self.accelerator.is_main_process else "",
         )
         (thought,) = thinking.rankings
         weights = [self.thoughts.weight, 1 - self.thoughts.weight]
         fused = fuse([thought, plain], weights=weights, width=self.beam_width)
+        columns: dict[str, list[float]] = {}
+        for mode, ranking in zip(MODES, (plain, thought, fused), strict=True):
+            figures = self._figures(ranking, mine)
+            columns |= {f"{mode}{name}": figure for name, figure in figures.items()}
         tokens = [float(np.mean([len(ids) for ids in own])) for own in thinking.thoughts]
-        return [plain, thought, fused], tokens
+        return columns | {"thought_tokens": tokens}

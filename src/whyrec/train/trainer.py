@@ -26,13 +26,14 @@ from trl import SFTConfig, SFTTrainer
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Examples
 from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.ranking import rank_histories
+from whyrec.decode.ranking import Ranking, rank_histories
 from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.train.loss import SidLoss, attach_sid_loss
 from whyrec.train.packing import Mix, PackedOrder, Row, pack
 
 BEST_METRIC = "eval_N@10"
+METRICS = ("R@5", "R@10", "N@5", "N@10")
 
 
 class AlignTrainer(SFTTrainer):
@@ -169,24 +170,31 @@ class AlignTrainer(SFTTrainer):
             torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
             torch.compiler.set_stance("force_eager"),  # prompts and beams have shapes of their own
         ):
-            (ranking,) = rank_histories(
-                decoder,
-                self.encoder,
-                [self.valid.histories[i] for i in mine],
-                width=self.beam_width,
-                max_history=self.max_history,
-                progress="validation" if self.accelerator.is_main_process else "",
-            )
+            columns = self._rank(decoder, mine)
         model.train(was_training)
         if _launched_with_fsdp():
             model.to("cpu")  # a whole model beside its shards would fill the GPU
-        metrics = ranking_metrics(ranking.items_EW, self.valid.targets_E[mine], cutoffs=(5, 10))
-        rows = zip(
-            *(metrics[name].tolist() for name in ("R@5", "R@10", "N@5", "N@10")), strict=True
+        everyone = np.asarray(gather_object(list(zip(*columns.values(), strict=True))))
+        return dict(zip(columns, everyone.mean(0).tolist(), strict=True))
+
+    def _rank(self, decoder: BeamDecoder, mine: np.ndarray) -> dict[str, list[float]]:
+        """By metric, a figure for each of some validation users."""
+        return self._figures(self._rank_histories(decoder, mine), mine)
+
+    def _rank_histories(self, decoder: BeamDecoder, mine: np.ndarray) -> Ranking:
+        (ranking,) = rank_histories(
+            decoder,
+            self.encoder,
+            [self.valid.histories[i] for i in mine],
+            width=self.beam_width,
+            max_history=self.max_history,
+            progress="validation" if self.accelerator.is_main_process else "",
         )
-        everyone = np.asarray(gather_object(list(rows)))
-        means = everyone.mean(0).tolist()
-        return dict(zip(("R@5", "R@10", "N@5", "N@10"), means, strict=True))
+        return ranking
+
+    def _figures(self, ranking: Ranking, mine: np.ndarray) -> dict[str, list[float]]:
+        found = ranking_metrics(ranking.items_EW, self.valid.targets_E[mine], cutoffs=(5, 10))
+        return {name: found[name].tolist() for name in METRICS}
 
     def train(self, *arguments: object, **settings: object) -> TrainOutput:
         result = super().train(*arguments, **settings)
