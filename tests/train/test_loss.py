@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from conftest import make_codes, make_model, make_vocabulary
 from whyrec.backbone.lora import plain_model
+from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.sid.trie import Trie
 from whyrec.train import loss as loss_module
 from whyrec.train.loss import SidLoss, attach_sid_loss
@@ -53,11 +54,19 @@ def packed(examples: list[dict[str, list[int]]], *, trie: Trie = TRIE) -> dict[s
     tokens = sum(len(example["input_ids"]) for example in examples) + 3
     longest = max(len(example["input_ids"]) for example in examples)
     row = pack(
-        examples, tokens=tokens, longest=longest, vocabulary=VOCABULARY, trie=trie, pad_id=PAD
+        examples,
+        tokens=tokens,
+        longest=longest,
+        documents=len(examples) + 3,
+        vocabulary=VOCABULARY,
+        trie=trie,
+        pad_id=PAD,
     )
-    return {name: value for name, value in row.items() if name != "num_tokens"} | {
-        "longest": longest
-    }
+    return {name: value for name, value in row.items() if name != "num_tokens"}
+
+
+def attach(model: Any, sid_loss: SidLoss) -> None:
+    attach_sid_loss(model, sid_loss, blocks=PackedBlocks(model, longest=1000))
 
 
 def legal_codes(before: list[int]) -> list[int]:
@@ -102,7 +111,7 @@ def losses(
     smoothing: float = 0.0,
     **extra: object,
 ) -> Tensor:
-    attach_sid_loss(plain_model(model), SidLoss(VOCABULARY, TRIE, smoothing))
+    attach(plain_model(model), SidLoss(VOCABULARY, TRIE, smoothing))
     output = model(**packed(examples), sid_loss=True, **extra)
     assert output.logits is None
     return output.loss
@@ -158,7 +167,7 @@ def test_forced_codes_cost_nothing_and_give_no_nan() -> None:
     trie = Trie.build(CODES_NL[:1], level_sizes=LEVELS)
     sid = VOCABULARY.encode(CODES_NL[0].tolist())
     examples = [{"input_ids": [5, *sid], "labels": [-100, *sid]}]
-    attach_sid_loss(model, SidLoss(VOCABULARY, trie, 0.1))
+    attach(model, SidLoss(VOCABULARY, trie, 0.1))
     loss = model(**packed(examples, trie=trie), sid_loss=True).loss
     assert loss.item() == 0.0
     for name, gradient in gradients(model, loss).items():
@@ -215,7 +224,7 @@ def test_through_a_peft_model(tied: bool) -> None:
 
 def test_dropout_only_in_training() -> None:
     model, examples = make(), make_examples()
-    attach_sid_loss(model, SidLoss(VOCABULARY, TRIE, dropout=0.5))
+    attach(model, SidLoss(VOCABULARY, TRIE, dropout=0.5))
     with torch.no_grad():
         quiet = {model(**packed(examples), sid_loss=True).loss.item() for _ in range(3)}
         model.train()

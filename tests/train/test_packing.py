@@ -33,6 +33,8 @@ def test_rows_hold_every_example_once_and_fit(
     filled = [sum(len(mix[index]["input_ids"]) for index in row) for row in order]
     assert max(filled) <= tokens
     assert order.longest >= max(len(mix[index]["input_ids"]) for index in flat)
+    for row, used in zip(order, filled, strict=True):
+        assert len(row) + -(-(tokens - used) // order.longest) <= order.most
     # A row ends only where the next example does not fit.
     for row, following in pairwise(order.rows):
         assert sum(map(mix.length, row)) + mix.length(following[0]) > tokens
@@ -52,13 +54,21 @@ def test_a_row_too_short_for_an_example_is_refused(extended: Extended) -> None:
         PackedOrder(mix, tokens=40, seed=0)
 
 
-def row_of(extended: Extended, indices: list[int], *, tokens: int = 1200, longest: int = 200):
+def row_of(
+    extended: Extended,
+    indices: list[int],
+    *,
+    tokens: int = 1200,
+    longest: int = 200,
+    documents: int = 40,
+):
     mix = make_mix(extended, captions=1.0, personas=1.0, replies=REPLIES)
     examples = [mix[index] for index in indices]
     row = pack(
         examples,
         tokens=tokens,
         longest=longest,
+        documents=documents,
         vocabulary=extended.vocabulary,
         trie=extended.trie,
         pad_id=7,
@@ -77,6 +87,7 @@ def test_what_lies_in_a_row(extended: Extended, indices: list[int]) -> None:
     assert row["document_starts"].dtype == torch.int32
     assert starts[0] == 0 and starts[-1] == len(ids) == 1200
     assert row["num_tokens"] == sum(len(example["input_ids"]) for example in examples)
+    starts = sorted(set(starts))  # documents at the end may be empty
     for start, stop in pairwise(starts):
         assert 0 < stop - start <= 200
         assert positions[start:stop] == list(range(stop - start))
@@ -114,7 +125,9 @@ def test_a_nearly_empty_row_pads_with_documents_no_longer_than_others(extended: 
     """The kernel leaves the end of a longer document unwritten: NaN, and so every weight."""
     examples, row = row_of(extended, [0], tokens=2000, longest=150)
     used = len(examples[0]["input_ids"])
-    assert row["document_starts"].tolist() == [0, *range(used, 2000, 150), 2000]
+    starts = row["document_starts"].tolist()
+    assert sorted(set(starts)) == [0, *range(used, 2000, 150), 2000]
+    assert len(starts) == 41 and starts == sorted(starts)  # empty documents behind the last
     with pytest.raises(AssertionError):
         row_of(extended, [0], longest=used - 1)
 
@@ -122,10 +135,12 @@ def test_a_nearly_empty_row_pads_with_documents_no_longer_than_others(extended: 
 def test_a_full_row_has_no_padding_document(extended: Extended) -> None:
     mix = make_mix(extended)
     length = len(mix[0]["input_ids"])
-    _, row = row_of(extended, [0], tokens=length)
+    _, row = row_of(extended, [0], tokens=length, documents=1)
     assert row["document_starts"].tolist() == [0, length]
     with pytest.raises(AssertionError, match="do not fit"):
         row_of(extended, [0], tokens=length - 1)
+    with pytest.raises(AssertionError, match="2 documents where 1"):
+        row_of(extended, [0], tokens=length + 1, documents=1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

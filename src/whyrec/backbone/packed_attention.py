@@ -49,7 +49,7 @@ def packed_attention(
         query_1HTE, key_1JTE, value_1JTE: heads of the whole row.
         attention_mask: not looked at.
         scaling: of the scores.
-        document_starts: int32 [D + 1], where each document starts, and T.
+        document_starts: int32 [D + 1], where each document starts, and T; documents may be empty.
         longest: no document has more tokens.
     """
     if not query_1HTE.is_cuda:
@@ -65,6 +65,7 @@ def packed_attention(
                 enable_gqa=key_1JTE.shape[1] != query_1HTE.shape[1],
             )
             for start, stop in pairwise(document_starts.tolist())
+            if stop > start
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2), None
     # Rotations may have lifted queries and keys to float32 under autocast.

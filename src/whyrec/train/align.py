@@ -66,6 +66,7 @@ class AlignRecipe:
         compile: compile the model's blocks; on a GPU only.
         label_smoothing: over the legal codes of a SID target.
         dropout: on input embeddings and last hidden states.
+        text_weight: of a text token's loss, against 1 for a code's.
         captions: share of the catalogue captioned, and looked up, each epoch.
         personas: share of the users told as a story each epoch.
         drop_events: share of a sequence's events left out, others each epoch.
@@ -97,6 +98,7 @@ class AlignRecipe:
     compile: bool = True
     label_smoothing: float = 0.1
     dropout: float = 0.1
+    text_weight: float = 1.0
     captions: float = 0.5
     personas: float = 0.2
     drop_events: float = 0.0
@@ -181,7 +183,13 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = _adapted(model, recipe, token_ids=token_ids)
     valid = dataset.examples("valid").at_most(recipe.valid_users)
-    sid_loss = SidLoss(vocabulary, trie.to(state.device), recipe.label_smoothing, recipe.dropout)
+    sid_loss = SidLoss(
+        vocabulary,
+        trie.to(state.device),
+        label_smoothing=recipe.label_smoothing,
+        dropout=recipe.dropout,
+        text_weight=recipe.text_weight,
+    )
 
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
 

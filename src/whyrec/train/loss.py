@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from whyrec.backbone.packed_attention import PACKED, attention_of
+from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.prompting.encoder import IGNORED
 from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
@@ -111,8 +111,14 @@ def _chunk_nll(hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:
     return F.cross_entropy((hidden_MD @ head_VD.T).float(), targets_M, reduction="sum")
 
 
-def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss) -> None:
-    """Make `model(…, labels=…, sid_loss=True)` return the loss above and no logits, in place."""
+def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss, *, blocks: PackedBlocks) -> None:
+    """Make `model(…, labels=…, sid_loss=True)` return the loss above and no logits, in place.
+
+    Args:
+        model: the causal LM.
+        sid_loss: the loss.
+        blocks: the model's blocks over packed rows.
+    """
     plain_forward = model.forward
 
     def forward(
@@ -124,7 +130,7 @@ def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss) -> None:
     ) -> object:
         if not sid_loss:
             return plain_forward(input_ids, *args, **kwargs)
-        return _forward_with_loss(self, loss, input_ids, **kwargs)  # type: ignore[arg-type]
+        return _forward_with_loss(self, loss, blocks, input_ids, **kwargs)  # type: ignore[arg-type]
 
     loss = sid_loss
     model.forward = types.MethodType(forward, model)
@@ -133,12 +139,12 @@ def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss) -> None:
 def _forward_with_loss(
     model: PreTrainedModel,
     sid_loss: SidLoss,
+    blocks: PackedBlocks,
     input_ids: Tensor,
     *,
     labels: Tensor,
     position_ids: Tensor,
     document_starts: Tensor,
-    longest: int,
     text_positions: Tensor,
     sid_positions: Sequence[Tensor],
     sid_nodes: Sequence[Tensor],
@@ -150,14 +156,7 @@ def _forward_with_loss(
         # The residual stream in bf16: half the traffic of what bounds a small model's speed.
         embedded_1TD = embedded_1TD.to(torch.get_autocast_dtype(embedded_1TD.device.type))
     embedded_1TD = F.dropout(embedded_1TD, sid_loss.dropout, training=model.training)
-    with attention_of(model, PACKED):
-        hidden_1TD = model.base_model(
-            inputs_embeds=embedded_1TD,
-            position_ids=position_ids,
-            use_cache=False,
-            document_starts=document_starts,
-            longest=longest,
-        ).last_hidden_state
+    hidden_1TD = blocks(embedded_1TD, position_ids, document_starts)
     hidden_1TD = F.dropout(hidden_1TD, sid_loss.dropout, training=model.training)
     head_VD = model.get_output_embeddings().weight
     total = sid_loss.total(

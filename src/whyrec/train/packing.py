@@ -48,6 +48,11 @@ class PackedOrder:
         tokens: T, tokens of a row at most.
         seed: of the order.
 
+    Attributes:
+        rows: by row, indices of its examples.
+        longest: tokens of the longest example.
+        most: D, documents that any row holds at most, padding included.
+
     Raises:
         ValueError: when an example is longer than a row.
     """
@@ -72,6 +77,7 @@ class PackedOrder:
                 f"the longest training example has {self.longest} tokens and a row holds {tokens}; "
                 "raise micro_batch_tokens in the recipe"
             )
+        self.most = max(map(len, self.rows)) + -(-tokens // max(self.longest, 1))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,6 +91,7 @@ def pack(
     *,
     tokens: int,
     longest: int,
+    documents: int,
     vocabulary: SidVocabulary,
     trie: Trie,
     pad_id: int,
@@ -95,6 +102,8 @@ def pack(
         examples: each with `input_ids` and `labels` (unshifted, -100 where no loss is wanted).
         tokens: T; the examples must fit.
         longest: no document may have more tokens, or attention would leave its end unwritten.
+        documents: D; so many at most, padding included. Rows with fewer end in empty ones, so that
+            all have one shape.
         vocabulary: where the SID tokens are.
         trie: the catalogue's SIDs, on the CPU.
         pad_id: what the end of the row is filled with.
@@ -119,6 +128,7 @@ def pack(
     lengths = [*lengths, *padding]
     assert max(lengths) <= longest
     starts_D = np.cumsum([0, *lengths])
+    assert len(lengths) <= documents, f"{len(lengths)} documents where {documents} were reckoned"
     text_M, sid_positions, sid_nodes = _targets(ids_T, labels_T, vocabulary, trie)
     return {
         "input_ids": torch.from_numpy(ids_T)[None],
@@ -126,7 +136,9 @@ def pack(
         "position_ids": torch.from_numpy(np.arange(tokens) - np.repeat(starts_D[:-1], lengths))[
             None
         ],
-        "document_starts": torch.from_numpy(starts_D.astype(np.int32)),
+        "document_starts": torch.from_numpy(
+            np.pad(starts_D.astype(np.int32), (0, documents - len(lengths)), mode="edge")
+        ),
         "num_tokens": used,
         "text_positions": text_M,
         "sid_positions": sid_positions,

@@ -24,6 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from whyrec.backbone.lora import plain_model
+from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.catalog.dataset import Examples
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.ranking import Ranking, rank_histories
@@ -94,6 +95,7 @@ class AlignTrainer(SFTTrainer):
                 mix=mix,
                 tokens=order.tokens,
                 longest=order.longest,
+                documents=order.most,
                 vocabulary=encoder.vocabulary,
                 trie=sid_loss.trie.to("cpu"),
                 pad_id=encoder.tokenizer.pad_token_id,
@@ -104,8 +106,14 @@ class AlignTrainer(SFTTrainer):
         self.encoder, self.sid_loss = encoder, sid_loss
         self.valid, self.beam_width, self.max_history = valid, beam_width, max_history
         self.trained_tokens, self.evaluation_seconds = 0, 0.0
-        attach_sid_loss(plain_model(self.model), sid_loss)
-        if compiled and self.args.device.type == "cuda":
+        compiled = compiled and self.args.device.type == "cuda"
+        # Graphs give gradients in one place each: for one process and one row a step.
+        alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        self.blocks = PackedBlocks(
+            plain_model(self.model), longest=order.longest, graphs=compiled and alone
+        )
+        attach_sid_loss(plain_model(self.model), sid_loss, blocks=self.blocks)
+        if compiled:
             _compile_blocks(plain_model(self.model))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -128,13 +136,10 @@ class AlignTrainer(SFTTrainer):
     ) -> torch.Tensor:
         assert not return_outputs, "the loss computes no logits"
         self.trained_tokens += inputs.pop("num_tokens") * self.args.world_size
-        # How many documents a row holds must not be a reason to compile again.
-        torch._dynamo.maybe_mark_dynamic(inputs["document_starts"], 0)
         # Not left to Accelerate, whose wrapper around `forward` a second trainer loses.
         with self.accelerator.autocast():
             outputs = model(
                 **inputs,
-                longest=self.order.longest,
                 sid_loss=True,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -198,6 +203,7 @@ class AlignTrainer(SFTTrainer):
 
     def train(self, *arguments: object, **settings: object) -> TrainOutput:
         result = super().train(*arguments, **settings)
+        self.blocks.release()
         self._gather()
         return result
 
