@@ -1,0 +1,378 @@
+"""`whyrec serve` under load: many clients on one machine, for two minutes, on a tiny model.
+
+    python eval/bench/soak.py --json eval/results/serve/soak/cpu.json
+
+A random two-layer model over a made-up catalogue of 500 items is served by vLLM, and 64 clients ask
+for recommendations after the histories of 256 made-up users: half of the requests think first, some
+are streamed, and of those some are left in the middle. Beside them items are added and retired, and
+plain completions run. No answer may hold an item whose retirement had been acknowledged when it
+was asked for (`soak/retired_seen`), and every completion's SID must be of the catalogue.
+
+Memory is the proportional share (PSS) of all processes of the server, sampled every half second
+after a warm-up in which every user asks once: `soak/memory_growth` is the median of the last fifth
+of the samples over that of the first fifth, less 1.
+
+Then SIGTERM comes while all clients wait for answers: `soak/drained_failed` counts those that got
+none, new ones that are told 503 or find nobody listening aside. At last a second server's engine is
+killed under load: every request must end with 200 or 503, `/health` must turn red, and the process
+end with a status other than 0.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from whyrec.backbone.extend import extend_vocabulary
+from whyrec.backbone.load import packaged_backbone
+from whyrec.catalog.prepare import PrepareRecipe, prepare
+from whyrec.decode.model_folder import Settings, save_model_folder
+from whyrec.decode.think import ThoughtSettings
+from whyrec.evaluation.results import record
+from whyrec.serve.client import Client, ServerError
+from whyrec.sid.index import IndexRecipe, index
+
+ITEMS, USERS, LEVEL_SIZES = 500, 256, [16, 16, 16]
+START_SECONDS = 600
+
+
+def tiny_model(folder: Path, *, seed: int) -> Path:
+    """A model folder of random weights over a made-up catalogue."""
+    generator = np.random.default_rng(seed)
+    raw = folder / "raw"
+    raw.mkdir()
+    rows = [
+        f'{{"item_id": "i{n}", "title": "Thing {n}", "brand": "B{n % 7}"}}' for n in range(ITEMS)
+    ]
+    (raw / "items.jsonl").write_text("\n".join(rows) + "\n")
+    walks = [generator.choice(ITEMS, 12, replace=False) for _ in range(USERS)]
+    lines = [f"u{u} " + " ".join(f"i{n}" for n in walk) for u, walk in enumerate(walks)]
+    (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
+    run = folder / "run"
+    prepare(run, PrepareRecipe(source=str(raw), format="sequences", k_core=1))
+    index(run, IndexRecipe(level_sizes=LEVEL_SIZES, collaborative_dim=0, iterations=5))
+    tokenizer = AutoTokenizer.from_pretrained(packaged_backbone())
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    extend_vocabulary(model, tokenizer, level_sizes=LEVEL_SIZES)
+    thoughts = ThoughtSettings(samples=1, max_tokens=12, temperature=1.0)
+    model_folder = folder / "tiny"
+    save_model_folder(
+        model_folder,
+        model=model,
+        tokenizer=tokenizer,
+        settings=Settings("activated", "tiny", LEVEL_SIZES, 12, thoughts),
+        dataset_folder=run / "dataset",
+        sids_folder=run / "sids",
+    )
+    return model_folder
+
+
+@dataclass
+class Server:
+    """A running `whyrec serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def processes(self) -> list[int]:
+        """Ids of the server's processes: of ours, and all below it."""
+        parents: dict[int, list[int]] = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents.setdefault(int(fields[1]), []).append(int(entry.name))
+        found, queue = [], [self.process.pid]
+        while queue:
+            found.append(queue.pop())
+            queue += parents.get(found[-1], [])
+        return found
+
+    def engine(self) -> int:
+        """The process of vLLM's engine."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        raise RuntimeError("the server has no engine process")
+
+    def memory(self) -> int:
+        """Bytes of all processes, shared pages counted once."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        total += int(line.split()[1]) * 1024
+        return total
+
+
+@contextlib.contextmanager
+def serving(folder: Path, log: Path) -> Iterator[Server]:
+    """Start a server, wait until it is well, and end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "whyrec.cli", "serve", str(folder), "--port", str(port)]
+    options = ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "64"]
+    with log.open("ab") as file:
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=file)
+    server = Server(process, f"http://127.0.0.1:{port}")
+    try:
+        client, end = Client(server.url, timeout=5), time.monotonic() + START_SECONDS
+        while not client.healthy():
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the server did not start:\n{log.read_text()[-3_000:]}")
+            time.sleep(0.5)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # the second time it does not wait
+                process.wait(60)
+
+
+@dataclass
+class Load:
+    """Clients that ask until they are stopped, and what became of it."""
+
+    url: str
+    seed: int
+    retired: set[str] = field(default_factory=set)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    retired_seen: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    busy: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ask(self, number: int) -> None:
+        """One client."""
+        generator = np.random.default_rng((self.seed, number))
+        client = Client(self.url, timeout=120)
+        while not self.stop.is_set():
+            kind = str(generator.choice(["plain", "think", "stream", "left", "completion"],
+                                        p=[0.45, 0.25, 0.15, 0.05, 0.1]))  # fmt: skip
+            self.one(client, kind, user=int(generator.integers(USERS)))
+
+    def one(self, client: Client, kind: str, *, user: int) -> None:
+        """One request, counted."""
+        history = [f"i{n}" for n in np.random.default_rng(user).choice(ITEMS, 8, replace=False)]
+        gone = set(self.retired)
+        start = time.monotonic()
+        with self.lock:
+            self.busy += 1
+        try:
+            found: list[str] = []
+            if kind in ("plain", "think"):
+                answer = client.recommend(history, k=10, think=kind == "think")
+                found = [item["id"] for item in answer["items"]]
+                assert len(found) == 10, answer
+            elif kind == "stream":
+                *_, (name, answer) = client.stream(history, k=10, think=True)
+                assert name == "recommendations"
+                found = [item["id"] for item in answer["items"]]
+            elif kind == "left":
+                events = client.stream(history, k=10, think=True)
+                next(events)
+                events.close()
+            else:
+                self.complete(client)
+            outcome = "200"
+        except ServerError as error:
+            outcome, found = str(error.status), []
+        except (OSError, HTTPException) as error:
+            outcome, found = type(error).__name__, []
+        finally:
+            with self.lock:
+                self.busy -= 1
+        with self.lock:
+            self.outcomes[outcome] += 1
+            self.retired_seen += bool(gone & set(found))
+            if outcome == "200":
+                self.seconds.setdefault(kind, []).append(time.monotonic() - start)
+
+    def complete(self, client: Client) -> None:
+        """A plain completion behind `<|sid_begin|>`: its codes must be an item's."""
+        body = {"model": "tiny", "prompt": "<|sid_begin|>", "max_tokens": 4, "temperature": 1.5}
+        text = client._call("POST", "/v1/completions", body)["choices"][0]["text"]
+        assert text.count("<s_") == 3 and text.endswith("<|sid_end|>"), text
+
+    def change_items(self) -> None:
+        """Items come, and others go."""
+        client, n = Client(self.url, timeout=120), 0
+        while not self.stop.wait(2.0):
+            try:
+                client.add_items([{"item_id": f"new-{n}", "title": f"New thing {n}"}])
+                gone = [f"i{n}", f"new-{n - 3}"] if n >= 3 else [f"i{n}"]
+                client.retire_items(gone)
+                self.retired.update(gone)
+                n += 1
+            except (ServerError, OSError, HTTPException) as error:
+                with self.lock:
+                    self.outcomes[f"items {error}"] += 1
+
+    @contextlib.contextmanager
+    def running(self, clients: int, *, changes: bool) -> Iterator[None]:
+        """All clients, and what changes items beside them."""
+        threads = [threading.Thread(target=self.ask, args=(n,)) for n in range(clients)]
+        if changes:
+            threads.append(threading.Thread(target=self.change_items))
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def wait_for(condition, seconds: float) -> bool:
+    """Whether it became so in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def gauge(server: Server, name: str) -> float:
+    """A value of `/metrics`."""
+    from urllib.request import urlopen
+
+    text = urlopen(f"{server.url}/metrics", timeout=10).read().decode()
+    return float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
+
+
+def soak(server: Server, options: argparse.Namespace) -> dict[str, float]:
+    """The load, then SIGTERM in the middle of it."""
+    warm = Load(server.url, options.seed)
+    for user in tqdm(range(USERS), desc="warm up", unit="user"):
+        for kind in ("plain", "think"):
+            warm.one(Client(server.url, timeout=120), kind, user=user)
+    assert set(warm.outcomes) == {"200"}, warm.outcomes
+    load, samples = Load(server.url, options.seed), []
+    with load.running(options.clients, changes=True):
+        for _ in tqdm(range(int(options.seconds * 2)), desc="soak", unit="half second"):
+            time.sleep(0.5)
+            samples.append(server.memory())
+    assert wait_for(lambda: gauge(server, "whyrec_active") == 0, 30), "requests were not freed"
+    fifth = max(len(samples) // 5, 1)
+    growth = np.median(samples[-fifth:]) / np.median(samples[:fifth]) - 1
+    figures = {
+        "soak/seconds": options.seconds,
+        "soak/clients": options.clients,
+        "soak/requests": load.outcomes.total(),
+        "soak/failed": load.outcomes.total() - load.outcomes["200"],
+        "soak/retired_seen": load.retired_seen,
+        "soak/items_retired": len(load.retired),
+        "soak/legal": gauge(server, "whyrec_legal_share"),
+        "soak/memory_growth": growth,
+        "soak/memory_gib": max(samples) / 2**30,
+        "soak/requests_per_s": load.outcomes["200"] / options.seconds,
+    }
+    for kind, seconds in load.seconds.items():
+        for percent in (50, 95, 99):
+            figures[f"soak/{kind}/p{percent}_ms"] = float(np.percentile(seconds, percent)) * 1e3
+    print(f"outcomes: {dict(load.outcomes)}")
+
+    last = Load(server.url, options.seed)
+    with last.running(options.clients, changes=False):
+        wait_for(lambda: last.busy >= options.clients // 2, 10)
+        server.process.send_signal(signal.SIGTERM)
+        last.stop.set()  # each client ends with the request that it waits for
+    figures["soak/drained_failed"] = sum(
+        count
+        for outcome, count in last.outcomes.items()
+        if outcome not in ("200", "503", "ConnectionRefusedError")
+    )
+    figures["soak/exit_after_sigterm"] = server.process.wait(120)
+    print(f"after SIGTERM: {dict(last.outcomes)}")
+    return figures
+
+
+def killed(server: Server, options: argparse.Namespace) -> dict[str, float]:
+    """The engine's process is killed under load."""
+    load = Load(server.url, options.seed)
+    red = False
+    with load.running(options.clients, changes=False):
+        time.sleep(2)
+        os.kill(server.engine(), signal.SIGKILL)
+        client = Client(server.url, timeout=5)
+        red = wait_for(lambda: not client.healthy(), 15)
+        load.stop.set()
+    status = server.process.wait(120)
+    print(f"engine killed: {dict(load.outcomes)}, status {status}")
+    return {
+        "soak/killed/health_red": red,
+        "soak/killed/exit_status": status,
+        "soak/killed/answered_503": load.outcomes["503"],
+        "soak/killed/neither_200_nor_503": load.outcomes.total()
+        - load.outcomes["200"]
+        - load.outcomes["503"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, default=Path("eval/results/serve/soak/cpu.json"))
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="keep the servers' messages here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tiny_model(Path(scratch), seed=options.seed)
+        log = options.log or Path(scratch) / "log.txt"
+        with serving(folder, log) as server:
+            figures = soak(server, options)
+        with serving(folder, log) as server:
+            figures |= killed(server, options)
+    figures = {key: round(float(value), 6) for key, value in sorted(figures.items())}
+    for key, value in figures.items():
+        print(f"{key:40s} {value:.6g}")
+    record(
+        options.json,
+        name="soak",
+        command=shlex.join(["python", *sys.argv]),
+        seed=options.seed,
+        figures=figures,
+    )
+
+
+if __name__ == "__main__":
+    main()
