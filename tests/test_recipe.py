@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from whyrec.recipe import load_recipe, recipe_config
-from whyrec.train.align import AlignRecipe
+from whyrec.train.align_recipe import AlignRecipe
 
 
 @dataclass

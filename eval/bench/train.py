@@ -92,7 +92,15 @@ def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> floa
     trainer = AlignTrainer(
         setting.fresh(),
         args=training_arguments(
-            folder, num_rows=steps, accumulated=1, lr=1e-5, weight_decay=0.01, evaluations=0, seed=0
+            folder,
+            num_rows=steps,
+            accumulated=1,
+            lr=1e-5,
+            weight_decay=0.01,
+            evaluations=0,
+            seed=0,
+            logs=folder,
+            report_to="none",
         ),
         mix=setting.mix,
         order=order,

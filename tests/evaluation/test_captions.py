@@ -15,13 +15,13 @@ ITEMS = [
     Item("c", "Rose", "Bloom", ("Face", "Creams")),
     Item("d", "Clay", "", ("Face",)),
     Item("e", "Unknown thing", "", ()),
-    Item("f", "Ink", "Coal (UK)", ("Face", "Creams")),
+    Item("r1", "Ink", "Coal (UK)", ("Face", "Creams")),
 ]
 
 
 @pytest.fixture
 def dataset() -> Dataset:
-    """Items a, b, d and e are in training events; c is only tested, f is in no event."""
+    """Of the items c and r1 are withheld at a share of .1."""
     sequences = [np.array([0, 1, 3, 0, 2], np.int32), np.array([4, 0, 2], np.int32)]
     splits = [np.array([0, 0, 0, 1, 2], np.int8), np.array([0, 1, 2], np.int8)]
     return Dataset(ITEMS, ["u", "v"], sequences, splits)
@@ -41,14 +41,14 @@ def replies(monkeypatch, texts: dict[int, str]) -> list[list[int]]:
 
 def test_perfect_captions(dataset, monkeypatch) -> None:
     asked = replies(monkeypatch, {n: item_text(item) for n, item in enumerate(ITEMS)})
-    figures = captions.caption_figures(None, None, dataset)
+    figures = captions.caption_figures(None, None, dataset, share=0.1)
     assert asked == [[0, 1, 2, 3, 4, 5]]
     assert figures["caption/items"] == 2 and figures["caption_all/items"] == 6
     for prefix in ("caption", "caption_all"):
         for kind in ("category", "brand"):
             for end in ("", "/low", "/high"):
                 assert figures[f"{prefix}/{kind}_accuracy{end}"] == 1.0
-    # The held-out items c and f are both Creams; of all five with a category two are.
+    # The held-out items c and r1 are both Creams; of all five with a category two are.
     assert figures["caption/category_majority"] == 1.0
     assert figures["caption_all/category_majority"] == 2 / 5
     assert figures["caption/brand_majority"] == 1 / 2
@@ -58,7 +58,7 @@ def test_perfect_captions(dataset, monkeypatch) -> None:
 def test_half_right_captions(dataset, monkeypatch) -> None:
     texts = ("SHAMPOOS by acme", "Hair", "Cream by Bloom", "", "", "Face, creams by coal (uk)")
     replies(monkeypatch, dict(enumerate(texts)))
-    figures = captions.caption_figures(None, None, dataset)
+    figures = captions.caption_figures(None, None, dataset, share=0.1)
     assert figures["caption/category_accuracy"] == 1 / 2
     assert figures["caption/brand_accuracy"] == 1.0
     assert figures["caption_all/category_accuracy"] == 2 / 5
@@ -69,7 +69,7 @@ def test_half_right_captions(dataset, monkeypatch) -> None:
 def test_a_sample_is_fixed_and_held_out_items_are_always_asked(dataset, monkeypatch) -> None:
     asked = replies(monkeypatch, dict.fromkeys(range(6), ""))
     for _ in range(2):
-        figures = captions.caption_figures(None, None, dataset, sample=2)
+        figures = captions.caption_figures(None, None, dataset, share=0.1, sample=2)
     assert asked[0] == asked[1] and {2, 5} <= set(asked[0]) and len(asked[0]) <= 4
     assert figures["caption_all/items"] == 2
 
@@ -77,7 +77,7 @@ def test_a_sample_is_fixed_and_held_out_items_are_always_asked(dataset, monkeypa
 def test_nothing_is_said_of_what_the_catalogue_lacks(monkeypatch) -> None:
     dataset = Dataset([Item("a", "x")], ["u"], [np.array([0], np.int32)], [np.zeros(1, np.int8)])
     replies(monkeypatch, {0: "x"})
-    assert captions.caption_figures(None, None, dataset) == {
+    assert captions.caption_figures(None, None, dataset, share=0.0) == {
         "caption/items": 0,
         "caption_all/items": 1,
     }

@@ -22,7 +22,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from whyrec.train.align import AlignRecipe, align
+from whyrec.train.align import align
+from whyrec.train.align_recipe import AlignRecipe
 
 torch.set_num_threads(1)
 _init = PartialState.__init__

@@ -26,7 +26,8 @@ from whyrec.train import activate as activate_module
 from whyrec.train import rationales as rationales_module
 from whyrec.train.activate import activate
 from whyrec.train.activate_recipe import ActivateRecipe
-from whyrec.train.align import AlignRecipe, align
+from whyrec.train.align import align
+from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.continued import continued_model
 from whyrec.train.rationales import Rationales, read_rationales, training_steps
 from whyrec.train.thinking import ThinkingMix, ThinkingTrainer

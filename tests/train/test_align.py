@@ -25,7 +25,8 @@ from whyrec.backbone.lora import load_adapter
 from whyrec.catalog.dataset import Dataset
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.train import align as align_module
-from whyrec.train.align import AlignRecipe, align
+from whyrec.train.align import align
+from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.trainer import AlignTrainer
 
 REPOSITORY = Path(__file__).parents[2]

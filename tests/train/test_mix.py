@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NUM_ITEMS, Extended
+from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import IGNORED, item_text
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
@@ -24,6 +25,7 @@ def make_mix(
     max_history: int = 4,
     drop_events: float = 0.0,
     jitter_events: float = 0.0,
+    withheld: float = 0.0,
     replies: list[tuple[str, str]] | None = None,
     epochs: int = 2,
     seed: int = 0,
@@ -33,7 +35,7 @@ def make_mix(
         items=extended.dataset.items,
         sequences=extended.dataset.training_sequences() if sequences is None else sequences,
         replies=replies or [],
-        sizes=MixSizes(captions, personas, max_history, drop_events, jitter_events),
+        sizes=MixSizes(captions, personas, max_history, drop_events, jitter_events, withheld),
         epochs=epochs,
         seed=seed,
     )
@@ -257,3 +259,22 @@ def test_no_example_is_longer_than_its_length(extended: Extended, max_history: i
             assert mix.length(index) == rendered
         else:  # the longest paraphrase is reckoned with
             assert rendered <= mix.length(index) <= rendered + 8
+
+
+def test_text_of_withheld_items_is_never_shown(extended: Extended) -> None:
+    """Their SIDs stand in sequences as before; captions, lookups and stories leave them out."""
+    hidden = set(np.flatnonzero(withheld(extended.dataset.items, share=0.4)).tolist())
+    assert 0 < len(hidden) < NUM_ITEMS
+    plain = make_mix(extended, captions=2.0, personas=1.0)
+    mix = make_mix(extended, captions=2.0, personas=1.0, withheld=0.4)
+    told: Counter[int] = Counter()
+    for index in range(len(mix)):
+        task = mix._plan[index][0]
+        if task == "sequence":
+            assert mix[index] == plain[plain._plan.index(mix._plan[index])]
+        else:
+            told.update(items_in(extended, mix[index]["input_ids"]))
+    assert not hidden & set(told)
+    assert set(told) == set(range(NUM_ITEMS)) - hidden
+    shown = [item for sequence in mix.sequences for item in sequence.tolist()]
+    assert hidden & set(shown)

@@ -17,6 +17,8 @@ from whyrec.decode.model_folder import ADDED, SETTINGS_FILE, catalogue_file
 from whyrec.sid.index import encode_new_items, read_sids, write_sids
 from whyrec.sid.trie import Trie
 
+RETIRED_ITEMS, RETIRED_SIDS = "retired-items.parquet", "retired-sids.parquet"
+
 
 def add_items(folder: Path, items_file: Path) -> int:
     """Add the items of a table to a model folder; the number added.
@@ -33,11 +35,13 @@ def add_items(folder: Path, items_file: Path) -> int:
     if not (folder / SETTINGS_FILE).exists():
         raise ValueError(f"{folder} is not a WhyRec model folder; name one that `align` wrote")
     items = read_items(catalogue_file(folder, "items.parquet"))
-    new_items = _new_items(items_file, known={item.item_id for item in items})
     codes_NL = read_sids(catalogue_file(folder, "sids.parquet"), [item.item_id for item in items])
+    retired, retired_codes_RL = read_retired(folder, num_levels=codes_NL.shape[1])
+    new_items = _new_items(items_file, known={item.item_id for item in [*items, *retired]})
     new_codes_ML = encode_new_items(
         new_items,
-        codes_NL,
+        # A retired item keeps its SID, for the day it comes back.
+        torch.cat([codes_NL, retired_codes_RL]),
         embeddings=folder / "embeddings.safetensors",
         codebooks=folder / "codebooks.safetensors",
         load_backbone=load_backbone,
@@ -52,13 +56,23 @@ def add_items(folder: Path, items_file: Path) -> int:
         write_items(scratch / "items.parquet", everything)
         write_sids(scratch / "sids.parquet", [item.item_id for item in everything], codes_NL)
         Trie.build(codes_NL, level_sizes=level_sizes).save(scratch / "trie.safetensors")
-        _move_added(folder)
+        move_added(folder)
         # One rename decides: before it the old catalogue counts, after it the new one.
         os.replace(scratch, folder / ADDED)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _move_added(folder)
+    move_added(folder)
     return len(new_items)
+
+
+def read_retired(folder: Path, *, num_levels: int) -> tuple[list[Item], torch.Tensor]:
+    """Its retired items and the SIDs they had; none where nothing was ever retired."""
+    path = catalogue_file(folder, RETIRED_ITEMS)
+    items = read_items(path) if path.exists() else []
+    if not items:
+        return [], torch.zeros(0, num_levels, dtype=torch.int64)
+    ids = [item.item_id for item in items]
+    return items, read_sids(catalogue_file(folder, RETIRED_SIDS), ids)
 
 
 def _new_items(items_file: Path, *, known: set[str]) -> list[Item]:
@@ -85,7 +99,7 @@ def _new_items(items_file: Path, *, known: set[str]) -> list[Item]:
     return list(catalogue.items.values())
 
 
-def _move_added(folder: Path) -> None:
+def move_added(folder: Path) -> None:
     """Move finished files from `.added` to their places; again, if an earlier try was killed."""
     added = folder / ADDED
     if not added.exists():

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,6 +48,7 @@ class Settings:
         level_sizes: codes of each SID level.
         max_history: items of a history that the prompt holds at most.
         thoughts: how the model thinks; None where it has not learnt to.
+        withheld: share of the items whose text alignment never showed.
     """
 
     stage: str
@@ -54,6 +56,7 @@ class Settings:
     level_sizes: list[int]
     max_history: int
     thoughts: ThoughtSettings | None = None
+    withheld: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def save_model_folder(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    name_weights(folder)
     shutil.copyfile(dataset_folder / "items.parquet", folder / "items.parquet")
     for name in CATALOGUE_FILES:
         shutil.copyfile(sids_folder / name, folder / name)
@@ -90,6 +94,21 @@ def save_model_folder(
     for name in TEMPLATES:
         shutil.copyfile(template_file(name), folder / "prompts" / f"{name}.yaml")
     write_json(folder / SETTINGS_FILE, asdict(settings))
+
+
+def name_weights(folder: Path) -> None:
+    """Write an index of the weights, unless there is one.
+
+    vLLM loads every safetensors file of a folder as weights unless an index names those that are.
+    """
+    index = folder / "model.safetensors.index.json"
+    weights = folder / "model.safetensors"
+    if index.exists() or not weights.exists():  # large models are saved in parts, with an index
+        return
+    with safe_open(weights, framework="pt") as file:
+        weight_map = dict.fromkeys(sorted(file.keys()), weights.name)
+    metadata = {"total_size": weights.stat().st_size}
+    write_json(index, {"metadata": metadata, "weight_map": weight_map})
 
 
 def load_model_folder(

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from whyrec.decode.beam import BeamDecoder, Prefilled
 from whyrec.decode.tree_attention import KeyValueStore, run
@@ -95,13 +96,8 @@ class Thinker:
         self.decoder, self.encoder = decoder, encoder
         self._closing = [encoder.vocabulary.think_end, encoder.vocabulary.begin]
         self._stop = encoder.vocabulary.think_end if stop is None else stop
-        tokenizer = encoder.tokenizer
         num_rows = decoder.model.get_output_embeddings().weight.shape[0]
-        text_V = torch.zeros(num_rows, dtype=torch.bool)
-        text_V[: len(tokenizer)] = True  # rows beyond are padding
-        control = [*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids]
-        text_V[control] = False
-        text_V[self._stop] = True
+        text_V = text_tokens(encoder.tokenizer, num_rows=num_rows, stop=self._stop)
         self._text_V = text_V.to(decoder.device)
 
     @torch.no_grad()
@@ -238,6 +234,16 @@ class Thinker:
             drawn_UG = torch.searchsorted(upto_UGV, wanted_UG1, right=True)[..., 0]
             drawn_UG = drawn_UG.clamp(max=upto_UGV.shape[-1] - 1)
         return drawn_UG, log_probs_UGV.gather(-1, drawn_UG[..., None])[..., 0]
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, *, num_rows: int, stop: int) -> Tensor:
+    """Which tokens a thought may hold: text, and the one that ends it; bool [num_rows]."""
+    text_V = torch.zeros(num_rows, dtype=torch.bool)
+    text_V[: len(tokenizer)] = True  # rows beyond are padding
+    control = [*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids]
+    text_V[control] = False
+    text_V[stop] = True
+    return text_V
 
 
 def _chain_mask(store: KeyValueStore, slots_UTA: Tensor, num_new: int) -> Tensor:

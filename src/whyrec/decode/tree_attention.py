@@ -7,12 +7,15 @@ Miao et al. 2024, SpecInfer, arXiv 2305.09781). The query heads of a key/value h
 the query axis, so that grouped keys are not expanded either.
 
 The model runs its own code: Transformers' `AttentionInterface` lets us put our attention in place
-of its own for the length of one call. Dimensions: U users, T new tokens a user, P prompt slots,
-S slots in use, H query heads, J key/value heads, E head size.
+of its own for the length of one call; `whyrec.serve.tree_model` does the same to vLLM's models.
+Dimensions: U users, T new tokens a user, P prompt slots, S slots in use, H query heads, J key/value
+heads, E head size, D hidden size.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -31,6 +34,8 @@ class KeyValueStore:
         prompt_slots: P, the longest prompt.
         capacity: slots a user in all: P and the tree's.
         used: slots in use; the next tokens are written from here on.
+        align: attention is over a multiple of so many slots, as some kernels want it; the slots
+            that are too many hold zeros and no mask shows them.
         keys, values: by layer, [U, J, capacity, E].
         mask_UTS: what the tokens of the running call may see; None for whole prompts.
     """
@@ -39,6 +44,7 @@ class KeyValueStore:
     prompt_slots: int
     capacity: int
     used: int = 0
+    align: int = 1
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     mask_UTS: Tensor | None = None
@@ -46,6 +52,10 @@ class KeyValueStore:
     def forget_tree(self) -> None:
         """Drop all beam tokens, so that another beam can start from the same prompts."""
         self.used = self.prompt_slots
+
+    def in_sight(self, num_tokens: int) -> int:
+        """S: the slots that attention is over when so many tokens more have been written."""
+        return -(-(self.used + num_tokens) // self.align) * self.align
 
     def start_with(self, prefix: "KeyValueStore") -> None:
         """Take over what one prompt's store holds as the beginning of every prompt."""
@@ -55,17 +65,55 @@ class KeyValueStore:
         self.used = prefix.used
 
     def write(self, layer: int, key_UJTE: Tensor, value_UJTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new tokens into the next slots of a layer; return all slots up to them."""
-        num_users, num_heads, num_tokens, size = key_UJTE.shape
-        if layer not in self.keys:
-            shape = (num_users, num_heads, self.capacity, size)
-            self.keys[layer] = key_UJTE.new_empty(shape)
-            self.values[layer] = value_UJTE.new_empty(shape)
-        stop = self.used + num_tokens
-        assert stop <= self.capacity, f"{stop} slots needed, {self.capacity} there"
+        """Put new tokens into the next slots of a layer; return all slots in sight of them."""
+        num_tokens = key_UJTE.shape[2]
+        self.allocate(layer, like_UJTE=key_UJTE)
+        stop, seen = self.used + num_tokens, self.in_sight(num_tokens)
+        assert seen <= self.capacity, f"{seen} slots needed, {self.capacity} there"
         self.keys[layer][:, :, self.used : stop] = key_UJTE
         self.values[layer][:, :, self.used : stop] = value_UJTE
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+        return self.keys[layer][:, :, :seen], self.values[layer][:, :, :seen]
+
+    def allocate(self, layer: int, *, like_UJTE: Tensor) -> None:
+        """Make room for a layer whose heads are like these, if there is none yet."""
+        if layer in self.keys:
+            return
+        _, num_heads, _, size = like_UJTE.shape
+        shape = (len(self.lengths_U), num_heads, self.capacity, size)
+        # Zeros: a slot that nobody may look at must still hold a number.
+        self.keys[layer] = like_UJTE.new_zeros(shape)
+        self.values[layer] = like_UJTE.new_zeros(shape)
+
+
+def attend(
+    store: KeyValueStore,
+    layer: int,
+    query_UHTE: Tensor,
+    key_UJTE: Tensor,
+    value_UJTE: Tensor,
+    *,
+    scaling: float | None = None,
+) -> Tensor:
+    """Write new tokens' keys and values into a layer of the store and attend; [U, H, T, E]."""
+    keys_UJSE, values_UJSE = store.write(layer, key_UJTE, value_UJTE)
+    num_users, num_heads, num_tokens, size = query_UHTE.shape
+    num_kv_heads = key_UJTE.shape[1]
+    if store.mask_UTS is None:
+        # Padding is on the right, where causal attention never looks from a real token.
+        return F.scaled_dot_product_attention(
+            query_UHTE,
+            key_UJTE,
+            value_UJTE,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=num_kv_heads != num_heads,
+        )
+    groups = num_heads // num_kv_heads
+    folded = query_UHTE.reshape(num_users, num_kv_heads, groups * num_tokens, size)
+    mask = store.mask_UTS[:, None].repeat(1, 1, groups, 1)
+    return F.scaled_dot_product_attention(
+        folded, keys_UJSE, values_UJSE, attn_mask=mask, scale=scaling
+    ).reshape(num_users, num_heads, num_tokens, size)
 
 
 def tree_attention(
@@ -81,30 +129,66 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over a `KeyValueStore`; returns [U, T, H, E], None."""
     assert isinstance(module.layer_idx, int)
-    keys_UJSE, values_UJSE = tree_store.write(module.layer_idx, key_UJTE, value_UJTE)
-    num_users, num_heads, num_tokens, size = query_UHTE.shape
-    num_kv_heads = key_UJTE.shape[1]
-    if tree_store.mask_UTS is None:
-        # Padding is on the right, where causal attention never looks from a real token.
-        output_UHTE = F.scaled_dot_product_attention(
-            query_UHTE,
-            key_UJTE,
-            value_UJTE,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=num_kv_heads != num_heads,
-        )
-    else:
-        groups = num_heads // num_kv_heads
-        folded = query_UHTE.reshape(num_users, num_kv_heads, groups * num_tokens, size)
-        mask = tree_store.mask_UTS[:, None].repeat(1, 1, groups, 1)
-        output_UHTE = F.scaled_dot_product_attention(
-            folded, keys_UJSE, values_UJSE, attn_mask=mask, scale=scaling
-        ).reshape(num_users, num_heads, num_tokens, size)
+    output_UHTE = attend(
+        tree_store, module.layer_idx, query_UHTE, key_UJTE, value_UJTE, scaling=scaling
+    )
     return output_UHTE.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_NAME, tree_attention)
+
+
+class TreeModel(Protocol):
+    """A language model that runs over trees; `HuggingFaceTree`, or vLLM's in `whyrec.serve`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        ...
+
+    def head_rows(self, first: int, stop: int) -> Tensor:
+        """Rows of the language-model head for the tokens first .. stop - 1: [K, D]."""
+        ...
+
+    def run(
+        self,
+        ids_UT: Tensor,
+        *,
+        positions_UT: Tensor,
+        store: KeyValueStore,
+        mask_UTS: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states of new tokens [U, T, D], as the function `run` below."""
+        ...
+
+
+class HuggingFaceTree:
+    """A Hugging Face causal LM as a `TreeModel`.
+
+    Raises:
+        ValueError: when its attention cannot run on trees.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model)
+        self._model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.get_input_embeddings().weight.device
+
+    def head_rows(self, first: int, stop: int) -> Tensor:
+        return self._model.get_output_embeddings().weight[first:stop]
+
+    def run(
+        self,
+        ids_UT: Tensor,
+        *,
+        positions_UT: Tensor,
+        store: KeyValueStore,
+        mask_UTS: Tensor | None = None,
+    ) -> Tensor:
+        return run(self._model, ids_UT, positions_UT=positions_UT, store=store, mask_UTS=mask_UTS)
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -8,15 +8,15 @@ compared as whole words, without regard to case.
 
 Two sets of items are asked:
 
-* *held out*, keys `caption/...`: items in no user's training events. No sequence and no story ever
-  held their SID. Alignment draws the items that it captions anew each epoch from the whole
-  catalogue, so a held-out item's caption may have been seen, and often has.
+* *held out*, keys `caption/...`: items that alignment withheld (`withheld` in its recipe). Their
+  SIDs stood in histories, their text was never shown: what the model says of them it can only know
+  from items with a like SID, and from their company.
 * *all*, keys `caption_all/...`: a fixed random sample of the whole catalogue.
 
 Beside each figure stands that of the best constant answer: the set's most frequent category or
 brand.
 
-    figures = caption_figures(model, encoder, dataset)
+    figures = caption_figures(model, encoder, dataset, share=0.05)
 """
 
 import re
@@ -27,6 +27,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from whyrec.catalog.dataset import Dataset, Item
+from whyrec.catalog.withheld import withheld
 from whyrec.evaluation.language import greedy_replies
 from whyrec.evaluation.metrics import bootstrap_interval
 from whyrec.prompting.encoder import PromptEncoder
@@ -37,14 +38,20 @@ _CAPTION_TOKENS = 96  # a title, its categories and its brand
 
 
 def caption_figures(
-    model: PreTrainedModel, encoder: PromptEncoder, dataset: Dataset, *, sample: int = SAMPLE
+    model: PreTrainedModel,
+    encoder: PromptEncoder,
+    dataset: Dataset,
+    *,
+    share: float,
+    sample: int = SAMPLE,
 ) -> dict[str, float]:
     """Caption accuracies of an aligned model, each with a 95 % interval.
 
     Args:
         model: the aligned model.
         encoder: of the aligned model.
-        dataset: the catalogue, and the training events.
+        dataset: the catalogue.
+        share: of the items that alignment withheld; with 0 no item is held out.
         sample: how many items of the whole catalogue are asked at most.
 
     Returns:
@@ -53,8 +60,7 @@ def caption_figures(
         with `/low` and `/high`, and `PREFIX/category_majority`.
     """
     num_items = len(dataset.items)
-    seen = set(np.concatenate([np.empty(0, np.int32), *dataset.training_sequences()]).tolist())
-    held_out = [item for item in range(num_items) if item not in seen]
+    held_out = np.flatnonzero(withheld(dataset.items, share=share)).tolist()
     sampled = np.sort(np.random.default_rng(0).permutation(num_items)[:sample]).tolist()
     asked = sorted({*held_out, *sampled})
     texts = dict(zip(asked, captions(model, encoder, asked), strict=True))

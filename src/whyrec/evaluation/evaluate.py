@@ -161,7 +161,7 @@ def evaluate(
         backbone = recommender.settings.backbone
         llm, encoder = recommender.decoder.model, recommender.encoder
         extra |= language_figures(llm, encoder, backbone=backbone)
-        extra |= caption_figures(llm, encoder, dataset)
+        extra |= caption_figures(llm, encoder, dataset, share=recommender.settings.withheld)
     figures: dict[str, float] = {}
     for prefix in sorted(ranked):
         figures |= ranking_figures(

@@ -29,7 +29,7 @@ import numpy as np
 from whyrec.evaluation.results import read_results
 
 METRICS = ("R@5", "R@10", "N@5", "N@10")
-_MODELS = {  # in the order of the rows; other models come last under their own names
+MODEL_NAMES = {  # in the order of the rows; other models come last under their own names
     "popularity": "Popularity",
     "co-visitation": "Co-visitation counts",
     "sasrec": "SASRec, full softmax",
@@ -173,9 +173,9 @@ def _measured_rows(values: Mapping[str, list[float]], history: str) -> list[tupl
     suffix = f"/test/{history}/"
     wanted = {f"/test/{history}/{metric}" for metric in METRICS}
     found = {key.split("/")[0] for key in values if f"/{key.partition('/')[2]}" in wanted}
-    order = [*(model for model in _MODELS if model in found), *sorted(found - set(_MODELS))]
+    order = [*(model for model in MODEL_NAMES if model in found), *sorted(found - set(MODEL_NAMES))]
     return [
-        (_MODELS.get(model, model), [_cell(values.get(f"{model}{suffix}{m}")) for m in METRICS])
+        (MODEL_NAMES.get(model, model), [_cell(values.get(f"{model}{suffix}{m}")) for m in METRICS])
         for model in order
     ]
 

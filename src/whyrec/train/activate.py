@@ -109,7 +109,7 @@ def _build(
 
     rationales, report = _rationales(run, writing, dataset, encoder, own_thinker, folder)
     adapted.train()
-    trainer = _trainer(recipe, aligned, adapted, dataset, encoder, trie, rationales, folder)
+    trainer = _trainer(run, recipe, aligned, adapted, dataset, encoder, trie, rationales, folder)
     result = trainer.train(resume_from_checkpoint=last_checkpoint(folder / ".steps"))
     if state.is_main_process:
         made = replace(aligned, stage="activated", thoughts=thoughts_of(recipe))
@@ -170,6 +170,7 @@ def _rationales(
 
 
 def _trainer(
+    run: Path,
     recipe: ActivateRecipe,
     aligned: Settings,
     adapted: nn.Module,
@@ -203,6 +204,7 @@ def _trainer(
             max_steps=recipe.max_steps,
             weight_decay=recipe.weight_decay,
             seed=recipe.seed,
+            logs=run / "logs" / "activated" / "steps",
             report_to=recipe.report_to,
         ),
         mix=mix,

@@ -99,7 +99,7 @@ class ActivateRecipe:
     beam_width: int = 20
     best_metric: str = "think_N@10"
     seed: int = 0
-    report_to: str = "none"
+    report_to: str = "tensorboard"
 
 
 def writing_of(recipe: ActivateRecipe, *, max_history: int) -> Writing:

@@ -10,7 +10,6 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from whyrec.sid.index import read_sids
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
+from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
 from whyrec.train.command import stage_command
 from whyrec.train.continued import save_trained
@@ -41,75 +41,6 @@ from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_replies
 from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.warmup import warm_up
-
-
-@dataclass
-class AlignRecipe:
-    """Settings of itemic alignment.
-
-    Attributes:
-        backbone: `smollm2-135m`, a hub id or a folder.
-        random_weights: take the backbone's architecture only (an ablation).
-        checkpoint: a released checkpoint to start from; skips the token warm-up.
-        lora_rank: LoRA rank; 0 trains all weights.
-        lora_alpha: scale of the LoRA update, divided by √rank.
-        lora_dropout: dropout on the adapters' inputs.
-        max_history: items of a history that a prompt holds at most.
-        warmup_epochs: epochs of the token warm-up.
-        warmup_lr: its learning rate.
-        epochs: of the multi-task mix.
-        max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
-        lr: learning rate of the mix (cosine schedule).
-        weight_decay: of AdamW.
-        batch_tokens: tokens of an optimizer step, over all processes.
-        micro_batch_tokens: tokens of a forward pass of one process at most.
-        compile: compile the model's blocks; on a GPU only.
-        label_smoothing: over the legal codes of a SID target.
-        dropout: on input embeddings and last hidden states.
-        text_weight: of a text token's loss, against 1 for a code's.
-        captions: share of the catalogue captioned, and looked up, each epoch.
-        personas: share of the users told as a story each epoch.
-        drop_events: share of a sequence's events left out, others each epoch.
-        jitter_events: places that events may change against each other, at most, each epoch.
-        replays: general prompts replayed each epoch.
-        replay_tokens: tokens of a replayed reply at most.
-        evaluations: validations during the mix.
-        valid_users: validation users at most; 0 for all.
-        beam_width: of the validation.
-        seed: of weights, order and dropout.
-        report_to: a tracker that transformers knows, or none.
-    """
-
-    backbone: str = "smollm2-135m"
-    random_weights: bool = False
-    checkpoint: str = ""
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
-    max_history: int = 50
-    warmup_epochs: int = 1
-    warmup_lr: float = 5e-3
-    epochs: int = 10
-    max_steps: int = 0
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    batch_tokens: int = 8192
-    micro_batch_tokens: int = 32768
-    compile: bool = True
-    label_smoothing: float = 0.1
-    dropout: float = 0.1
-    text_weight: float = 1.0
-    captions: float = 0.5
-    personas: float = 0.2
-    drop_events: float = 0.0
-    jitter_events: float = 0.0
-    replays: int = 64
-    replay_tokens: int = 64
-    evaluations: int = 10
-    valid_users: int = 1000
-    beam_width: int = 20
-    seed: int = 0
-    report_to: str = "none"
 
 
 def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
@@ -205,6 +136,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 recipe.max_history,
                 recipe.drop_events,
                 recipe.jitter_events,
+                recipe.withheld,
             ),
             epochs=settings.pop("epochs"),
             seed=recipe.seed,
@@ -219,6 +151,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 accumulated=accumulated,
                 weight_decay=recipe.weight_decay,
                 seed=recipe.seed,
+                logs=run / "logs" / "aligned" / phase,
                 report_to=recipe.report_to,
                 **settings,
             ),
@@ -243,7 +176,13 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         )
     summary = _train_mix(adapted, trainer, recipe, folder)
     if state.is_main_process:
-        made = Settings("aligned", recipe.backbone, list(trie.level_sizes), recipe.max_history)
+        made = Settings(
+            "aligned",
+            recipe.backbone,
+            list(trie.level_sizes),
+            recipe.max_history,
+            withheld=recipe.withheld,
+        )
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
     return summary
 

@@ -1,6 +1,7 @@
 """TRL's configuration of one phase of training on packed rows, the same for every stage."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def training_arguments(
     evaluations: int,
     max_steps: int = 0,
     seed: int,
-    report_to: str = "none",
+    logs: Path,
+    report_to: str,
 ) -> SFTConfig:
     """The configuration; the global batch is the same on any number of processes.
 
@@ -53,6 +55,7 @@ def training_arguments(
         evaluations: evenly over the steps, each with a checkpoint; none without.
         max_steps: optimizer steps at most; 0 for all rows.
         seed: of dropout.
+        logs: for TensorBoard, such as `runs/NAME/logs/aligned/mix`.
         report_to: a tracker that transformers knows, or none.
     """
     steps = max(num_rows // (accumulated * processes().num_processes), 1)
@@ -87,9 +90,25 @@ def training_arguments(
         metric_for_best_model=BEST_METRIC,
         greater_is_better=True,
         logging_steps=max(every // 5, 1),
-        report_to=report_to,
         seed=seed,
+        **tracked(logs, report_to),
     )
+
+
+def tracked(logs: Path, report_to: str) -> dict[str, str]:
+    """Where one phase of training reports to, as settings of TRL's configuration.
+
+    TensorBoard's events lie in `runs/NAME/logs/STAGE/PHASE`: beside the checkpoints, where they
+    would lie else, they would be dropped with them. A resumed training goes on in the same folder.
+
+    Args:
+        logs: that folder.
+        report_to: a tracker that transformers knows (tensorboard, trackio, wandb, mlflow, …), or
+            none.
+    """
+    run, _, stage, phase = logs.parts[-4:]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)  # transformers 5 reads it nowhere else
+    return {"report_to": report_to, "run_name": f"{run}-{stage}-{phase}"}
 
 
 def last_checkpoint(folder: Path) -> str | None:

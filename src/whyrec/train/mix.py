@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from whyrec.catalog.dataset import Item
+from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import Example, PromptEncoder, item_text
 from whyrec.prompting.templates import load_templates
 
@@ -39,6 +40,7 @@ class MixSizes:
         drop_events: share of a sequence's events that is left out, others each epoch.
         jitter_events: how many places events may change against each other, at most; an order
             that is drawn anew each epoch, and how much it may change too.
+        withheld: share of the items whose text is never shown (`catalog/withheld.py`).
     """
 
     captions: float
@@ -46,6 +48,7 @@ class MixSizes:
     max_history: int
     drop_events: float = 0.0
     jitter_events: float = 0.0
+    withheld: float = 0.0
 
 
 class AlignmentMix:
@@ -78,6 +81,10 @@ class AlignmentMix:
         self.seed = seed
         self.replies = list(replies)
         self._texts = [encoder.text(item_text(item)) for item in items]
+        # Text tasks know nothing of withheld items; sequences are as they are.
+        self._told_N = ~withheld(items, share=sizes.withheld)
+        stories = [sequence[self._told_N[sequence]] for sequence in self.sequences]
+        self._stories = [story for story in stories if len(story) >= 2]
         self._align = load_templates("align")
         self._general_system = load_templates("general")["system"]
         self.epoch_starts = [0]
@@ -98,7 +105,7 @@ class AlignmentMix:
         if task == "sequence":
             example = self._sequence(self._window(index))
         elif task == "persona":
-            example = self._persona(self.sequences[subject], rng)
+            example = self._persona(self._stories[subject], rng)
         elif task == "replay":
             example = self._replay(*self.replies[subject])
         else:
@@ -117,7 +124,7 @@ class AlignmentMix:
         if task == "sequence":
             return self._frame_tokens[task] + levels * len(self._window(index))
         if task == "persona":
-            events = self._persona_events(self.sequences[subject], self._rng(index))
+            events = self._persona_events(self._stories[subject], self._rng(index))
             return self._frame_tokens[task] + sum(self._event_tokens(item) for item in events)
         return self._frame_tokens[task] + levels + 2 + len(self._texts[subject])
 
@@ -157,13 +164,13 @@ class AlignmentMix:
             first = int(rng.integers(2, window + 1)) - window
             starts = range(first, len(sequence), window)
             plan += [("sequence", user, min(start, len(sequence) - 2)) for start in starts]
-        num_items = len(self._texts)
-        captioned = round(self.sizes.captions * num_items)
+        items = np.flatnonzero(self._told_N)
+        captioned = round(self.sizes.captions * len(items))
         for task in ("caption", "lookup"):
-            chosen = rng.permutation(np.arange(max(captioned, num_items)) % num_items)[:captioned]
+            chosen = rng.permutation(np.resize(items, max(captioned, len(items))))[:captioned]
             plan += [(task, int(item), 0) for item in chosen]
-        told = round(self.sizes.personas * len(self.sequences))
-        plan += [("persona", int(user), 0) for user in rng.permutation(len(self.sequences))[:told]]
+        told = round(self.sizes.personas * len(self._stories))
+        plan += [("persona", int(user), 0) for user in rng.permutation(len(self._stories))[:told]]
         plan += [("replay", reply, 0) for reply in range(len(self.replies))]
         return plan
 

@@ -1,0 +1,110 @@
+"""Permitted items against brute force, and searches that keep to them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import make_codes, make_model, make_vocabulary
+from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.permitted import Permitted, Rule
+from whyrec.sid.trie import Trie
+
+LEVELS, NUM_ITEMS = (4, 3, 5), 31
+
+
+@pytest.fixture(scope="module")
+def decoder() -> BeamDecoder:
+    codes_NL = make_codes(LEVELS, num_items=NUM_ITEMS, seed=1)
+    model = make_model(vocab_size=8 + sum(LEVELS) + 3)
+    return BeamDecoder(
+        model,
+        vocabulary=make_vocabulary(LEVELS),
+        trie=Trie.build(codes_NL, level_sizes=LEVELS),
+    )
+
+
+CODES = make_codes(LEVELS, num_items=NUM_ITEMS, seed=1).tolist()
+
+
+def may_come(rule: Rule) -> set[int]:
+    """The items that a rule leaves, by looking at each."""
+    return {
+        item
+        for item, codes in enumerate(CODES)
+        if item not in rule.excluded
+        and (rule.allowed is None or item in rule.allowed)
+        and (
+            rule.prefixes is None
+            or any(codes[: len(prefix)] == list(prefix) for prefix in rule.prefixes)
+        )
+    }
+
+
+item_lists = st.lists(st.integers(0, NUM_ITEMS - 1), max_size=NUM_ITEMS)
+prefix_lists = st.lists(
+    st.tuples(*(st.integers(0, size - 1) for size in LEVELS)).flatmap(
+        lambda codes: st.integers(0, 3).map(lambda length: codes[:length])
+    ),
+    max_size=6,
+)
+rules = st.builds(Rule, item_lists, st.none() | item_lists, st.none() | prefix_lists)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(rules, min_size=1, max_size=4), st.integers(1, 9))
+def test_ranges_equal_brute_force(decoder: BeamDecoder, asked: list[Rule], intervals: int) -> None:
+    permitted = decoder.permitted(asked, intervals=intervals)
+    assert permitted.starts_UX.shape[1] >= intervals
+    order = decoder.trie.item.tolist()
+    ends = torch.arange(NUM_ITEMS + 1)
+    low_UWK = ends[:, None].expand(len(asked), -1, NUM_ITEMS + 1)
+    high_UWK = ends[None].expand(len(asked), NUM_ITEMS + 1, -1)
+    found_UWK = permitted.any_between(low_UWK.contiguous(), high_UWK.contiguous())
+    for user, rule in enumerate(asked):
+        good = np.array([item in may_come(rule) for item in order])
+        for low in range(NUM_ITEMS + 1):
+            for high in range(low, NUM_ITEMS + 1):
+                assert bool(found_UWK[user, low, high]) == bool(good[low:high].any())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(rules, min_size=2, max_size=2))
+def test_a_search_keeps_to_its_rules_and_its_scores(
+    decoder: BeamDecoder, asked: list[Rule]
+) -> None:
+    prompts = [[3, 4, 5], [6, 1]]
+    everything = decoder.search(decoder.prefill(prompts, width=NUM_ITEMS), width=NUM_ITEMS)
+    for compact in (True, False):
+        beams = decoder.search(
+            decoder.prefill(prompts, width=NUM_ITEMS),
+            width=NUM_ITEMS,
+            permitted=decoder.permitted(asked),
+            compact=compact,
+        )
+        for user, rule in enumerate(asked):
+            found = [item for item in beams.items_UW[user].tolist() if item >= 0]
+            assert set(found) == may_come(rule) and len(found) == len(set(found))
+            full = dict(
+                zip(
+                    everything.items_UW[user].tolist(),
+                    everything.scores_UW[user].tolist(),
+                    strict=True,
+                )
+            )
+            scores = beams.scores_UW[user, : len(found)].tolist()
+            assert scores == pytest.approx([full[item] for item in found], abs=1e-4)
+
+
+def test_buffers_are_taken_over_in_place(decoder: BeamDecoder) -> None:
+    buffer = decoder.permitted([Rule()], intervals=8)
+    address = buffer.starts_UX.data_ptr()
+    other = decoder.permitted([Rule(excluded=[2, 9])], intervals=8)
+    buffer.copy_(other)
+    assert buffer.starts_UX.data_ptr() == address
+    assert all(
+        torch.equal(getattr(buffer, name), getattr(other, name))
+        for name in ("starts_UX", "sizes_UX", "before_UX")
+    )
+    assert isinstance(buffer.to(torch.device("cpu")), Permitted)
