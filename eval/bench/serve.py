@@ -34,7 +34,6 @@ for 64 requests that are all inside a SID, over a step of the engine that decode
 
 import argparse
 import gc
-import os
 import shlex
 import sys
 import tempfile
@@ -343,8 +342,6 @@ def main() -> None:
     sizes = [(int(u), int(w)) for u, w in (size.split("x") for size in options.sizes)]
     theirs = [*options.theirs, *[0] * len(sizes)]
 
-    # vLLM keeps a core for its scheduler, which is half of a machine with two.
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as made:

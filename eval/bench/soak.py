@@ -8,14 +8,14 @@ are streamed, and of those some are left in the middle. Beside them items are ad
 plain completions run. No answer may hold an item whose retirement had been acknowledged when it
 was asked for (`soak/retired_seen`), and every completion's SID must be of the catalogue.
 
-Memory is the proportional share (PSS) of all processes of the server, sampled every half second
-after a warm-up in which every user asks once: `soak/memory_growth` is the median of the last fifth
-of the samples over that of the first fifth, less 1.
+Memory is the proportional share (PSS) of all processes of the server, sampled every second after a
+warm-up in which every user asks, all clients ask at once and items change: `soak/memory_growth` is
+the median of the last fifth of the samples over that of the first fifth, less 1.
 
 Then SIGTERM comes while all clients wait for answers: `soak/drained_failed` counts those that got
 none, new ones that are told 503 or find nobody listening aside. At last a second server's engine is
-killed under load: every request must end with 200 or 503, `/health` must turn red, and the process
-end with a status other than 0.
+killed under load: every request must end with 200 or 503 (or find nobody listening any more),
+`/health` must turn red, and the process end with a status other than 0.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from whyrec.serve.client import Client, ServerError
 from whyrec.sid.index import IndexRecipe, index
 
 ITEMS, USERS, LEVEL_SIZES = 500, 256, [16, 16, 16]
-START_SECONDS = 600
+START_SECONDS, SAMPLE_SECONDS = 600, 1.0
 
 
 def tiny_model(folder: Path, *, seed: int) -> Path:
@@ -63,6 +63,8 @@ def tiny_model(folder: Path, *, seed: int) -> Path:
     ]
     (raw / "items.jsonl").write_text("\n".join(rows) + "\n")
     walks = [generator.choice(ITEMS, 12, replace=False) for _ in range(USERS)]
+    for user, walk in enumerate(walks):  # nobody's items would be left out of the catalogue
+        walk[:2] = [2 * user % ITEMS, (2 * user + 1) % ITEMS]
     lines = [f"u{u} " + " ".join(f"i{n}" for n in walk) for u, walk in enumerate(walks)]
     (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
     run = folder / "run"
@@ -173,9 +175,9 @@ class Load:
     retired: set[str] = field(default_factory=set)
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    changes: int = 0
     retired_seen: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
-    busy: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, number: int) -> None:
@@ -192,8 +194,6 @@ class Load:
         history = [f"i{n}" for n in np.random.default_rng(user).choice(ITEMS, 8, replace=False)]
         gone = set(self.retired)
         start = time.monotonic()
-        with self.lock:
-            self.busy += 1
         try:
             found: list[str] = []
             if kind in ("plain", "think"):
@@ -212,14 +212,11 @@ class Load:
                 self.complete(client)
             outcome = "200"
         except ServerError as error:
-            outcome, found = str(error.status), []
+            outcome, found = f"{error.status} {error.code}", []
         except (OSError, HTTPException) as error:
             outcome, found = type(error).__name__, []
-        finally:
-            with self.lock:
-                self.busy -= 1
         with self.lock:
-            self.outcomes[outcome] += 1
+            self.outcomes[outcome if outcome == "200" else f"{outcome} ({kind})"] += 1
             self.retired_seen += bool(gone & set(found))
             if outcome == "200":
                 self.seconds.setdefault(kind, []).append(time.monotonic() - start)
@@ -232,14 +229,15 @@ class Load:
 
     def change_items(self) -> None:
         """Items come, and others go."""
-        client, n = Client(self.url, timeout=120), 0
+        client = Client(self.url, timeout=120)
         while not self.stop.wait(2.0):
+            n = self.changes
             try:
                 client.add_items([{"item_id": f"new-{n}", "title": f"New thing {n}"}])
-                gone = [f"i{n}", f"new-{n - 3}"] if n >= 3 else [f"i{n}"]
+                gone = [f"i{n}", f"new-{n}"]
                 client.retire_items(gone)
                 self.retired.update(gone)
-                n += 1
+                self.changes += 1
             except (ServerError, OSError, HTTPException) as error:
                 with self.lock:
                     self.outcomes[f"items {error}"] += 1
@@ -285,16 +283,23 @@ def soak(server: Server, options: argparse.Namespace) -> dict[str, float]:
         for kind in ("plain", "think"):
             warm.one(Client(server.url, timeout=120), kind, user=user)
     assert set(warm.outcomes) == {"200"}, warm.outcomes
-    load, samples = Load(server.url, options.seed), []
+    with warm.running(options.clients, changes=True):  # the first change loads the text encoder
+        wait_for(lambda: warm.changes >= 2, 60)
+    assert set(warm.outcomes) == {"200"}, warm.outcomes
+    load, samples = Load(server.url, options.seed, retired=set(warm.retired), changes=10), []
     with load.running(options.clients, changes=True):
-        for _ in tqdm(range(int(options.seconds * 2)), desc="soak", unit="half second"):
-            time.sleep(0.5)
+        start = time.monotonic()
+        bar = tqdm(total=int(options.seconds), desc="soak", unit="s")
+        while (elapsed := time.monotonic() - start) < options.seconds:
+            time.sleep(SAMPLE_SECONDS)
             samples.append(server.memory())
+            bar.update(min(int(elapsed), bar.total) - bar.n)
+        bar.close()
     assert wait_for(lambda: gauge(server, "whyrec_active") == 0, 30), "requests were not freed"
     fifth = max(len(samples) // 5, 1)
     growth = np.median(samples[-fifth:]) / np.median(samples[:fifth]) - 1
     figures = {
-        "soak/seconds": options.seconds,
+        "soak/seconds": elapsed,
         "soak/clients": options.clients,
         "soak/requests": load.outcomes.total(),
         "soak/failed": load.outcomes.total() - load.outcomes["200"],
@@ -303,7 +308,7 @@ def soak(server: Server, options: argparse.Namespace) -> dict[str, float]:
         "soak/legal": gauge(server, "whyrec_legal_share"),
         "soak/memory_growth": growth,
         "soak/memory_gib": max(samples) / 2**30,
-        "soak/requests_per_s": load.outcomes["200"] / options.seconds,
+        "soak/requests_per_s": load.outcomes["200"] / elapsed,
     }
     for kind, seconds in load.seconds.items():
         for percent in (50, 95, 99):
@@ -312,13 +317,13 @@ def soak(server: Server, options: argparse.Namespace) -> dict[str, float]:
 
     last = Load(server.url, options.seed)
     with last.running(options.clients, changes=False):
-        wait_for(lambda: last.busy >= options.clients // 2, 10)
+        wait_for(lambda: gauge(server, "whyrec_active") >= options.clients // 2, 10)
         server.process.send_signal(signal.SIGTERM)
         last.stop.set()  # each client ends with the request that it waits for
     figures["soak/drained_failed"] = sum(
         count
         for outcome, count in last.outcomes.items()
-        if outcome not in ("200", "503", "ConnectionRefusedError")
+        if not outcome.startswith(("200", "503 stopping", "ConnectionRefusedError"))
     )
     figures["soak/exit_after_sigterm"] = server.process.wait(120)
     print(f"after SIGTERM: {dict(last.outcomes)}")
@@ -337,13 +342,16 @@ def killed(server: Server, options: argparse.Namespace) -> dict[str, float]:
         load.stop.set()
     status = server.process.wait(120)
     print(f"engine killed: {dict(load.outcomes)}, status {status}")
+    clear = sum(n for what, n in load.outcomes.items() if what.startswith("503 engine_stopped"))
+    late = sum(n for what, n in load.outcomes.items() if what.startswith("ConnectionRefused"))
     return {
         "soak/killed/health_red": red,
         "soak/killed/exit_status": status,
-        "soak/killed/answered_503": load.outcomes["503"],
+        "soak/killed/answered_503": clear,
         "soak/killed/neither_200_nor_503": load.outcomes.total()
         - load.outcomes["200"]
-        - load.outcomes["503"],
+        - clear
+        - late,
     }
 
 

@@ -1,0 +1,350 @@
+"""What the HTTP layer calls: thoughts and beams of a vLLM engine, batched and checked.
+
+It lives in the API server's process beside vLLM's `EngineClient`. Beams go to the worker by one RPC
+at a time: while one runs, the next batch gathers. Every number is checked here, for one that is out
+of range would kill a CUDA worker.
+
+    engine = ServingEngine(client)
+    info = await engine.start()
+    found = await engine.beam(BeamRequest(prompt, width=20, k=10))
+    async for tokens in engine.think(prompt, max_tokens=48, temperature=1.0, seed=0,
+                                     request_id="a"): ...
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.sampling_params import RequestOutputKind
+
+from whyrec.decode.model_folder import read_settings
+from whyrec.serve.constraint import TEXT_ONLY
+
+MAX_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class BeamRequest:
+    """One beam search.
+
+    Attributes:
+        prompt_ids: token ids, ending in `<|sid_begin|>`.
+        width: beam width, at least `k`.
+        k: how many items are wanted.
+        excluded: item indices that must not come.
+        allowed: item indices, of which all others must not come; None allows all.
+        prefixes: beginnings of SIDs, as codes, to stay inside; None allows all.
+        catalogue: the version that the item indices belong to; None is the newest.
+    """
+
+    prompt_ids: list[int]
+    width: int
+    k: int
+    excluded: list[int] = field(default_factory=list)
+    allowed: list[int] | None = None
+    prefixes: list[list[int]] | None = None
+    catalogue: int | None = None
+
+
+@dataclass(frozen=True)
+class CatalogueInfo:
+    """What requests are checked against.
+
+    Attributes:
+        version: of the catalogue.
+        num_items: items that a beam can return.
+        level_sizes: codes of each level.
+        vocab_size: token ids are below it.
+        max_prompt: tokens that a prompt may have.
+    """
+
+    version: int
+    num_items: int
+    level_sizes: list[int]
+    vocab_size: int
+    max_prompt: int
+
+
+@dataclass(eq=False)
+class _Waiting:
+    request: BeamRequest
+    version: int
+    answer: asyncio.Future[list[tuple[int, float]]]
+
+
+class ServingEngine:
+    """Thoughts and beams of one vLLM engine.
+
+    Args:
+        client: vLLM's, started with `--worker-extension-cls whyrec.serve.worker.BeamWorker`.
+        max_batch: requests of one RPC.
+        wait_ms: how long the first request of a batch waits for others.
+    """
+
+    def __init__(self, client: EngineClient, *, max_batch: int = 64, wait_ms: float = 2.0) -> None:
+        self._client = client
+        self._max_batch, self._wait_s = max_batch, wait_ms / 1_000
+        self._infos: dict[int, CatalogueInfo] = {}
+        self._newest = -1
+        self._uses: Counter[int] = Counter()  # pins and queued beams of each version
+        self._starting, self._changing = asyncio.Lock(), asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+        self._retired: set[asyncio.Task[None]] = set()
+
+    @property
+    def info(self) -> CatalogueInfo:
+        """Of the newest catalogue."""
+        assert self._infos, "start the engine first"
+        return self._infos[self._newest]
+
+    @property
+    def queued(self) -> int:
+        """Beams that wait for their RPC."""
+        return len(self._waiting)
+
+    async def start(self) -> CatalogueInfo:
+        """Load the trie in the workers; again, it only says what there is.
+
+        Raises:
+            ValueError: when the model cannot be served: it is no WhyRec model, or more than plain
+                attention, or spread over devices in a way that beams cannot follow.
+        """
+        async with self._starting:
+            if not self._infos:
+                loaded = (await self._call("whyrec_load"))[0]
+                settings = read_settings(Path(self._client.model_config.model))
+                assert settings.level_sizes == loaded["level_sizes"]
+                num_levels = len(settings.level_sizes)
+                max_prompt = self._client.model_config.max_model_len - num_levels
+                self._infos[loaded["version"]] = CatalogueInfo(**loaded, max_prompt=max_prompt)
+                self._newest = loaded["version"]
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.get_running_loop().create_task(self._run())
+        return self.info
+
+    @contextmanager
+    def pin(self) -> Iterator[int]:
+        """Keep the newest catalogue for as long as this lasts; its version."""
+        version = self.info.version
+        self._uses[version] += 1
+        try:
+            yield version
+        finally:
+            self._leave(version)
+
+    async def beam(self, request: BeamRequest) -> list[tuple[int, float]]:
+        """The k best items and their log-probabilities, best first; fewer if no more may come.
+
+        Raises:
+            ValueError: for what the worker must not see.
+        """
+        await self.start()
+        version = self._newest if request.catalogue is None else request.catalogue
+        self._check(request, version)
+        answer = asyncio.get_running_loop().create_future()
+        self._uses[version] += 1
+        try:
+            self._waiting.append(_Waiting(request, version, answer))
+            self._arrived.set()
+            return await answer
+        finally:
+            self._leave(version)
+
+    async def think(
+        self,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        request_id: str,
+    ) -> AsyncIterator[list[int]]:
+        """Sample a thought: its token ids as they come, without `</think>`.
+
+        Text alone is sampled. A caller that stops early, or is cancelled, frees the request.
+
+        Args:
+            prompt_ids: ending in `<think>`.
+            max_tokens: budget, `</think>` included.
+            temperature: 0 takes the best token.
+            seed: of the draws; None draws differently every time.
+            request_id: unique among those running.
+
+        Raises:
+            ValueError: for what vLLM must not see.
+        """
+        info = await self.start()
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        _check_ids("prompt", prompt_ids, stop=info.vocab_size)
+        room = info.max_prompt - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens; this server takes 1 to "
+                f"{info.max_prompt - 1}"
+            )
+        stop = await self._think_end()
+        params = SamplingParams(
+            max_tokens=min(max_tokens, room),
+            temperature=temperature,
+            seed=seed,
+            stop_token_ids=[stop],
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={TEXT_ONLY: True},
+        )
+        stream = self._client.generate({"prompt_token_ids": prompt_ids}, params, request_id)
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                tokens = [token for token in output.outputs[0].token_ids if token != stop]
+                if tokens:
+                    yield tokens
+
+    async def reload_catalogue(self, folder: Path) -> None:
+        """Serve the trie of `folder` from now on; requests in flight finish on the old one.
+
+        Raises:
+            ValueError: when its SIDs are not of this model's levels; the old one then stays.
+        """
+        await self.start()
+        async with self._changing:
+            old, version = self.info, max(self._infos) + 1
+            num_items = (await self._call("whyrec_add_catalogue", str(folder), version))[0]
+            self._infos[version] = CatalogueInfo(
+                version, num_items, old.level_sizes, old.vocab_size, old.max_prompt
+            )
+            self._newest = version
+            self._drop_unused()
+
+    async def statistics(self) -> dict[str, int]:
+        """Tokens of prompts that beams asked for, and how many of them were known."""
+        await self.start()
+        return (await self._call("whyrec_statistics"))[0]
+
+    async def healthy(self) -> bool:
+        """Whether the engine lives."""
+        try:
+            await self._client.check_health()
+        except Exception:
+            return False
+        return not self._client.errored
+
+    async def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """An RPC to all workers; what is wrong with the arguments or the model is a ValueError."""
+        try:
+            return await self._client.collective_rpc(method, args=arguments)
+        except Exception as error:
+            if self._client.errored or type(error).__name__ == "EngineDeadError":
+                raise
+            raise ValueError(_reason(error)) from error
+
+    async def _think_end(self) -> int:
+        if not hasattr(self, "_stop"):
+            tokenizer = self._client.renderer.get_tokenizer()
+            self._stop = int(tokenizer.convert_tokens_to_ids("</think>"))
+        return self._stop
+
+    def _check(self, request: BeamRequest, version: int) -> None:
+        if version not in self._infos:
+            raise ValueError(f"catalogue {version} is gone; the newest is {self._newest}")
+        info = self._infos[version]
+        if not 1 <= request.width <= MAX_WIDTH:
+            raise ValueError(f"the beam width must lie in 1 .. {MAX_WIDTH}, not {request.width}")
+        if not 1 <= request.k <= request.width:
+            raise ValueError(f"k must lie in 1 .. {request.width}, the beam width, not {request.k}")
+        if not 1 <= len(request.prompt_ids) <= info.max_prompt:
+            raise ValueError(
+                f"the prompt has {len(request.prompt_ids)} tokens; this server takes 1 to "
+                f"{info.max_prompt}"
+            )
+        _check_ids("prompt", request.prompt_ids, stop=info.vocab_size)
+        _check_ids("excluded", request.excluded, stop=info.num_items)
+        _check_ids("allowed", request.allowed or [], stop=info.num_items)
+        for prefix in request.prefixes or []:
+            if len(prefix) > len(info.level_sizes):
+                raise ValueError(f"a SID has {len(info.level_sizes)} codes, a prefix no more")
+            for code, size in zip(prefix, info.level_sizes, strict=False):
+                _check_ids("prefixes", [code], stop=size)
+
+    async def _run(self) -> None:
+        """Gather beams and send them, one batch after the other, for ever."""
+        while True:
+            await self._arrived.wait()
+            await asyncio.sleep(self._wait_s)
+            version = self._waiting[0].version if self._waiting else self._newest
+            same = [one for one in self._waiting if one.version == version]
+            batch = same[: self._max_batch]
+            self._waiting = [one for one in self._waiting if one not in batch]
+            if not self._waiting:
+                self._arrived.clear()
+            batch = [one for one in batch if not one.answer.done()]  # whose caller still waits
+            if batch:
+                await self._send(version, batch)
+
+    async def _send(self, version: int, batch: list[_Waiting]) -> None:
+        requests = [one.request for one in batch]
+        rules = [[one.excluded, one.allowed, one.prefixes] for one in requests]
+        try:
+            results = await self._client.collective_rpc(
+                "whyrec_recommend",
+                args=(
+                    version,
+                    [one.prompt_ids for one in requests],
+                    [one.width for one in requests],
+                    rules,
+                ),
+            )
+        except Exception as error:
+            for one in batch:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+            return
+        for one, (items, scores) in zip(batch, results[0], strict=True):
+            if not one.answer.done():
+                found = list(zip(items, scores, strict=True))
+                one.answer.set_result(found[: one.request.k])
+
+    def _leave(self, version: int) -> None:
+        self._uses[version] -= 1
+        if not self._uses[version] and version != self._newest:
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Let the workers forget the versions that nobody uses any more."""
+        for version in [v for v in self._infos if v != self._newest and not self._uses[v]]:
+            del self._infos[version]
+            task = asyncio.ensure_future(self._forget(version))
+            self._retired.add(task)
+            task.add_done_callback(self._retired.discard)
+
+    async def _forget(self, version: int) -> None:
+        await self._client.collective_rpc("whyrec_drop_catalogue", args=(version,))
+
+
+def _check_ids(name: str, ids: Sequence[int], *, stop: int) -> None:
+    """ValueError for a number outside 0 .. stop - 1."""
+    if not ids:
+        return
+    numbers = np.asarray(ids)
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+        raise ValueError(f"{name} must be a list of whole numbers")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= stop:
+        raise ValueError(f"{name} holds {low if low < 0 else high}, outside 0 .. {stop - 1}")
+
+
+def _reason(error: Exception) -> str:
+    """What a worker said, out of the words that vLLM wraps it in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "ValueError:" in line]
+    return said[-1].split("ValueError:", 1)[1].strip() if said else (lines or [repr(error)])[-1]

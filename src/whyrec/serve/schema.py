@@ -1,0 +1,268 @@
+"""What `/v1/recommendations` and `/v1/items` are sent and answer, and the server's settings."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+SETTINGS_VARIABLE = "WHYREC_SERVE"  # how `whyrec serve` hands its settings to vLLM's process
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request, or all of them together, may ask for.
+
+    Attributes:
+        body_bytes: of a request's body.
+        k: items of an answer.
+        beam_width: beams of a search.
+        history: events of a history, and those since.
+        listed: item ids in `exclude` and in `filter.items`.
+        edited: items that one call of `/v1/items` changes.
+        concurrency: requests being answered at once.
+        queue: requests that wait for one of those places; more are answered 429.
+    """
+
+    body_bytes: int = 1_048_576
+    k: int = 100
+    beam_width: int = 256
+    history: int = 2_000
+    listed: int = 20_000
+    edited: int = 1_000
+    concurrency: int = 64
+    queue: int = 256
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How the routes behave.
+
+    Attributes:
+        limits: see `Limits`.
+        run: the run folder whose users are known by id; none are when empty.
+        ahead: the Think-Ahead store, a file or a `redis://` URL; none when empty.
+        ahead_max_age: seconds after which what it holds is no longer used.
+        drain_seconds: how long running requests may take after SIGTERM.
+        api_key: what clients must send as a bearer token; nothing is asked for when empty.
+        parent: the process whose end is ours too; 0 for none.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    run: str = ""
+    ahead: str = ""
+    ahead_max_age: float = 86_400.0
+    drain_seconds: float = 30.0
+    api_key: str = ""
+    parent: int = 0
+
+    def dumps(self) -> str:
+        """As `from_environment` reads it; the key travels by itself, in vLLM's own variable."""
+        values = asdict(self)
+        del values["api_key"]
+        return json.dumps(values)
+
+    @classmethod
+    def from_environment(cls) -> "ServeSettings":
+        """The settings in `WHYREC_SERVE`, or the defaults; the key is vLLM's `VLLM_API_KEY`."""
+        values = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        limits = Limits(**values.pop("limits", {}))
+        return cls(limits=limits, api_key=os.environ.get("VLLM_API_KEY", ""), **values)
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", str_max_length=10_000)
+
+
+ItemId = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Event(_Message):
+    """Something a user did with an item, named by its id or its title."""
+
+    item_id: ItemId | None = None
+    title: str | None = Field(default=None, min_length=1, max_length=2_000)
+    timestamp: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="if every event has one, they are put in order by it",
+    )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> "Event":
+        if (self.item_id is None) == (self.title is None):
+            raise ValueError("an event has either an item_id or a title")
+        return self
+
+
+HistoryEntry = ItemId | Event
+
+
+class Filter(_Message):
+    """Only items that meet all of these are recommended."""
+
+    category: str | None = Field(
+        default=None, min_length=1, description="one of the item's categories"
+    )
+    brand: str | None = Field(default=None, min_length=1)
+    items: list[ItemId] | None = Field(default=None, description="a list of allowed item ids")
+
+
+class RecommendationRequest(_Message):
+    """Whom to recommend to, and how."""
+
+    history: list[HistoryEntry] | None = Field(
+        default=None,
+        description="oldest first: item ids, titles (where no item has such an id) or events; "
+        "may be empty",
+    )
+    user: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="a user whom the server knows, by --run or by Think-Ahead; with a history, "
+        "that history is the user's",
+    )
+    since: list[HistoryEntry] = Field(
+        default_factory=list, description="what the user has done after the known history"
+    )
+    k: int = Field(default=10, ge=1, description="how many items; the server has a limit")
+    think: StrictBool | Literal["on", "off", "ahead"] = Field(
+        default=False,
+        description="say why first: on, off, or from thoughts that were prepared for the user",
+    )
+    exclude: list[ItemId] | None = Field(
+        default=None,
+        description="item ids that must not come; the history when missing, none when empty",
+    )
+    filter: Filter | None = None
+    beam_width: int | None = Field(
+        default=None, ge=1, description="at least k is used; 2 k when missing"
+    )
+    stream: StrictBool = Field(
+        default=False,
+        description="server-sent events: the thought as it is written, then the answer",
+    )
+
+    @model_validator(mode="after")
+    def _known_user(self) -> "RecommendationRequest":
+        if self.history is None and self.user is None:
+            raise ValueError("give a history (it may be empty) or a user")
+        if self.think == "ahead" and self.user is None:
+            raise ValueError('think "ahead" needs the user whom the thoughts were prepared for')
+        return self
+
+    @property
+    def mode(self) -> Literal["on", "off", "ahead"]:
+        """`think` as a word."""
+        if self.think == "ahead":
+            return "ahead"
+        return "on" if self.think in (True, "on") else "off"
+
+
+class RecommendedItem(BaseModel):
+    """One recommended item; `score` is the log-probability of its SID."""
+
+    id: str
+    title: str
+    score: float
+    sid: str
+
+
+class Timings(BaseModel):
+    """Milliseconds of each part."""
+
+    queue: float
+    thought: float
+    beam: float
+    total: float
+
+
+class Ahead(BaseModel):
+    """What came of `think: "ahead"`."""
+
+    used: bool
+    reason: str | None = Field(default=None, description="why it was not used")
+    age_seconds: float | None = None
+    new_events: int | None = Field(
+        default=None, description="in the history since the thoughts were made"
+    )
+
+
+class Answer(BaseModel):
+    """Recommended items, best first, and how they came about."""
+
+    id: str
+    object: Literal["recommendations"] = "recommendations"
+    created: int
+    model: str
+    think: Literal["on", "off", "ahead"] = Field(description="what was done")
+    trace: str = Field(description="the thought that speaks most for the first item")
+    items: list[RecommendedItem]
+    timings_ms: Timings
+    ahead: Ahead | None = None
+
+
+class NewItem(_Message):
+    """What the catalogue says of an item."""
+
+    item_id: ItemId
+    title: str = Field(default="", max_length=2_000)
+    brand: str = Field(default="", max_length=2_000)
+    categories: list[str] = Field(default_factory=list, max_length=100)
+    description: str = Field(default="", max_length=10_000)
+
+
+class ItemsRequest(_Message):
+    """Items to add, or to encode again with what is now known of them."""
+
+    items: list[NewItem] = Field(min_length=1)
+
+
+class RetireRequest(_Message):
+    """Items that are not to be recommended any more."""
+
+    ids: list[ItemId] = Field(min_length=1)
+
+
+class CatalogueItem(BaseModel):
+    """An item as the server holds it."""
+
+    id: str
+    title: str
+    brand: str
+    categories: list[str]
+    sid: str
+    retired: bool = False
+
+
+class ItemsAnswer(BaseModel):
+    """The items that were changed, or found; `catalogue` is how many can be recommended now."""
+
+    object: Literal["items"] = "items"
+    items: list[CatalogueItem]
+    catalogue: int
+
+
+class Health(BaseModel):
+    """Whether requests are being answered."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+    items: int
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error format."""
+
+    error: ErrorDetail

@@ -1,0 +1,83 @@
+"""Beams in buckets of fixed shapes, uncaptured, against the reference search."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_codes, make_model, make_vocabulary
+from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.permitted import Rule
+from whyrec.serve import cuda_graphs
+from whyrec.serve.cuda_graphs import Bucket, GraphedBeams
+from whyrec.sid.trie import Trie
+
+LEVELS, NUM_ITEMS = (4, 3, 5), 40
+
+
+@pytest.fixture(scope="module")
+def decoder() -> BeamDecoder:
+    codes_NL = make_codes(LEVELS, num_items=NUM_ITEMS, seed=2)
+    return BeamDecoder(
+        make_model(vocab_size=8 + sum(LEVELS) + 3),
+        vocabulary=make_vocabulary(LEVELS),
+        trie=Trie.build(codes_NL, level_sizes=LEVELS),
+    )
+
+
+def prompts(lengths: list[int], *, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 20, length).tolist() for length in lengths]
+
+
+def check(graphed: GraphedBeams, asked: list[list[int]], rules: list[Rule], *, width: int) -> None:
+    decoder = graphed.decoder
+    found = graphed(asked, width=width, rules=rules)
+    expected = decoder.search(
+        decoder.prefill(asked, width=width), width=width, permitted=decoder.permitted(rules)
+    )
+    assert torch.equal(found.items_UW, expected.items_UW)
+    torch.testing.assert_close(found.scores_UW, expected.scores_UW, atol=1e-4, rtol=0)
+
+
+def test_batches_share_buckets_and_leave_nothing_behind(decoder: BeamDecoder) -> None:
+    graphed = GraphedBeams(decoder)
+    rule = Rule(excluded=[3, 4, 11])
+    few = Rule(allowed=list(range(0, NUM_ITEMS, 3)), prefixes=[[0], [1, 2]])
+    for seed in range(3):
+        check(graphed, prompts([5, 30, 12], seed=seed), [rule, Rule(), few], width=7)
+        check(graphed, prompts([31, 2, 9, 9], seed=seed), [few, few, Rule(), rule], width=7)
+    check(graphed, prompts([33]), [Rule()], width=7)
+    check(graphed, prompts([8]), [rule], width=NUM_ITEMS + 5)
+    assert set(graphed._graphs) == {
+        Bucket(4, 32, 7, 64),
+        Bucket(1, 64, 7, 64),
+        Bucket(1, 32, NUM_ITEMS + 5, 64),
+    }
+
+
+def test_a_result_is_not_written_over(decoder: BeamDecoder) -> None:
+    graphed = GraphedBeams(decoder)
+    first = graphed(prompts([9], seed=1), width=5, rules=[Rule()])
+    kept = first.items_UW.clone()
+    graphed(prompts([9], seed=2), width=5, rules=[Rule(excluded=kept[0].tolist())])
+    assert torch.equal(first.items_UW, kept)
+
+
+def test_what_fits_no_bucket_is_right_too(decoder: BeamDecoder, monkeypatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "USERS", (1, 2))
+    monkeypatch.setattr(cuda_graphs, "MAX_SLOTS", 64)
+    monkeypatch.setattr(cuda_graphs, "INTERVALS", (1, 8))
+    graphed = GraphedBeams(decoder)
+    check(graphed, prompts([5, 6, 7, 8, 9]), [Rule()] * 5, width=4)  # too many users
+    check(graphed, prompts([70, 3]), [Rule()] * 2, width=4)  # too long
+    many = Rule(excluded=decoder.trie.item[1::2].tolist())
+    check(graphed, prompts([5]), [many], width=4)  # too many intervals
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", len(graphed._graphs))
+    check(graphed, prompts([5]), [Rule()], width=9)  # one bucket too many
+    assert set(graphed._graphs) == {Bucket(1, 32, 4, 1), Bucket(2, 32, 4, 1)}
+
+
+def test_warming_up_makes_the_buckets(decoder: BeamDecoder) -> None:
+    graphed = GraphedBeams(decoder)
+    graphed.warm_up([1, 3], prompt_tokens=40, width=6)
+    assert set(graphed._graphs) == {Bucket(1, 64, 6, 64), Bucket(4, 64, 6, 64)}
