@@ -1,7 +1,6 @@
 """The command line: parse, call, print. `whyrec COMMAND -h` tells each command's options."""
 
 import argparse
-import errno
 import json
 import shlex
 import sys
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
+
+from whyrec.failures import sentence
+from whyrec.serve import commands as serving
 
 # Stages import torch and transformers, which takes seconds: each command imports its own.
 
@@ -21,6 +23,7 @@ The stages, in order, each reading what the one before wrote into the run folder
   whyrec index    --run runs/ml-100k --recipe recipes/ml-100k/index.yaml
   whyrec align    --run runs/ml-100k --recipe recipes/ml-100k/align.yaml
   whyrec activate --run runs/ml-100k --recipe recipes/ml-100k/activate.yaml
+  whyrec enhance  --run runs/ml-100k --recipe recipes/ml-100k/grpo.yaml
   whyrec evaluate  runs/ml-100k/model/activated --run runs/ml-100k --think both
   whyrec recommend runs/ml-100k/model/activated --history 50,172,181
 """
@@ -28,11 +31,15 @@ The stages, in order, each reading what the one before wrote into the run folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 2 after one sentence about what was wrong."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and not hasattr(options, "passed_on"):  # `serve` hands them to vLLM
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.passed_on = unknown
     try:
         options.call(options)
     except Exception as error:
-        message = _sentence(error)
+        message = sentence(error)
         if message is None:
             raise
         _end_progress_bars()
@@ -45,38 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sentence(error: Exception) -> str | None:
-    """What went wrong, on one line; None for a fault of ours, which needs its traceback."""
-    text = " ".join(str(error).split())
-    if _is_full_disk(error, text):
-        where = getattr(error, "filename", None)
-        return (
-            f"no room is left on the disk{f' to write {where}' if where else ''}; free some and "
-            "run the same command again, all that was finished before is as it was"
-        )
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f"there is no file or folder {error.filename}; check the path"
-    if isinstance(error, PermissionError) and error.filename:
-        return f"{error.filename} may not be read or written; change its permissions"
-    return text if isinstance(error, ValueError | OSError) else None
-
-
 def _end_progress_bars() -> None:
     """Bars that an error cut short, so that the sentence about it has a line of its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-
-
-def _is_full_disk(error: Exception, text: str) -> bool:
-    """Rust and C++ writers (safetensors, tokenizers, torch.save) say it in words of their own."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if getattr(error, "errno", None) in numbers:
-        return True
-    if any(f"(os error {number})" in text for number in numbers):
-        return True
-    return (
-        isinstance(error, RuntimeError) and "inline_container" in text and "unexpected pos" in text
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _stage(commands, "index", _index, "embed the items, give each a semantic ID, build the trie")
     _stage(commands, "align", _align, "teach the LLM the semantic IDs; makes model/aligned")
     _stage(commands, "activate", _activate, "teach it to say why first; makes model/activated")
+    _stage(commands, "enhance", _enhance, "reward the thoughts that pay; makes model/enhanced")
 
     command = _command(commands, "evaluate", "rank the whole catalogue for a split's users")
     command.add_argument("model", type=Path, help="model folder, e.g. runs/NAME/model/aligned")
@@ -142,10 +122,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(call=_recommend)
 
+    command = _command(commands, "report", "tell a whole run on one page: HTML, and Markdown")
+    command.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/NAME")
+    told = "folder of records in place of the run's own, e.g. eval/results/NAME; may be given again"
+    command.add_argument("--results", type=Path, action="append", default=[], help=told)
+    command.add_argument("--published", type=Path, help="a file of eval/published to stand beside")
+    command.add_argument("--output", type=Path, help="folder to write into (RUN/eval)")
+    command.set_defaults(call=_report)
+
     command = _command(commands, "add-items", "add new items to a model, without training")
     command.add_argument("model", type=Path, help="model folder")
     command.add_argument("items", type=Path, help="CSV, TSV, JSON lines or Parquet of items")
     command.set_defaults(call=_add_items)
+    serving.add_to(commands)
     return parser
 
 
@@ -196,7 +185,8 @@ def _index(options: argparse.Namespace) -> None:
 
 def _align(options: argparse.Namespace) -> None:
     from whyrec.recipe import load_recipe
-    from whyrec.train.align import AlignRecipe, align
+    from whyrec.train.align import align
+    from whyrec.train.align_recipe import AlignRecipe
 
     recipe = load_recipe(AlignRecipe, options.recipe, options.set)
     align(options.run, recipe, force=options.force)
@@ -209,6 +199,15 @@ def _activate(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(ActivateRecipe, options.recipe, options.set)
     activate(options.run, recipe, force=options.force)
+
+
+def _enhance(options: argparse.Namespace) -> None:
+    from whyrec.recipe import load_recipe
+    from whyrec.train.enhance import enhance
+    from whyrec.train.enhance_recipe import EnhanceRecipe
+
+    recipe = load_recipe(EnhanceRecipe, options.recipe, options.set)
+    enhance(options.run, recipe, force=options.force)
 
 
 def _prior(text: str) -> float | Literal["auto"]:
@@ -244,6 +243,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         json_path=options.json,
     )
     print(figures_table(figures))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from whyrec.evaluation.run_report import report
+
+    shown = {name: getattr(options, name) for name in ("results", "published", "output")}
+    for path in report(options.run, **shown):
+        print(path)
 
 
 def _recommend(options: argparse.Namespace) -> None:
