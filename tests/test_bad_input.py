@@ -482,7 +482,8 @@ def test_training_that_meets_a_full_disk(world, backbone, rank, size) -> None:
     recipe = world.write(
         "align.yaml",
         f"backbone: {backbone}\nlora_rank: {rank}\nmax_history: 4\nbatch_tokens: 512\nreplays: 0\n"
-        "evaluations: 1\nvalid_users: 2\nbeam_width: 10\nmax_steps: 1\nwarmup_epochs: 0\n",
+        "evaluations: 1\nvalid_users: 2\nbeam_width: 10\nmax_steps: 1\nwarmup_epochs: 0\n"
+        "report_to: none\n",
     )
     before = world.contents()
     with largest_file(size):
