@@ -13,6 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,3 +240,13 @@ def walks() -> Dataset:
         sequences,
         [np.array([0] * (len(s) - 2) + [1, 2], np.int8) for s in sequences],
     )
+
+
+def in_two_processes(*program: str) -> None:
+    """Run a program in two CPU processes; `accelerate launch` can do so through MPI only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *program], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

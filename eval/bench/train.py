@@ -35,6 +35,7 @@ from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 from whyrec.train.trainer import AlignTrainer
+from whyrec.train.validation import Validation
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, NVIDIA's datasheets
 UNTIMED = 10
@@ -104,11 +105,10 @@ def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> floa
         ),
         mix=setting.mix,
         order=order,
-        encoder=setting.encoder,
         sid_loss=SidLoss(setting.encoder.vocabulary, setting.trie.to(device), 0.1, 0.1),
-        valid=setting.dataset.examples("valid"),
-        beam_width=20,
-        max_history=50,
+        validation=Validation(
+            setting.dataset.examples("valid"), setting.encoder, setting.trie, 20, 50
+        ),
         compiled=True,
     )
     timer = StepTimer()

@@ -1,10 +1,7 @@
 """`activate` from end to end on a tiny aligned model: what is trained, kept, chosen and refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_run
+from conftest import in_two_processes, make_run
 from whyrec import Recommender
 from whyrec.catalog.dataset import Dataset
 from whyrec.decode.model_folder import load_model_folder
@@ -30,7 +27,8 @@ from whyrec.train.align import align
 from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.continued import continued_model
 from whyrec.train.rationales import Rationales, read_rationales, training_steps
-from whyrec.train.thinking import ThinkingMix, ThinkingTrainer
+from whyrec.train.thinking import ThinkingMix
+from whyrec.train.trainer import AlignTrainer
 
 
 def make_recipe(**settings: object) -> ActivateRecipe:
@@ -267,20 +265,20 @@ def test_a_killed_activation_resumes(activated, aligned_run, tmp_path, monkeypat
     expected_run, recipe = activated
     run = copy_run(aligned_run, tmp_path / "run")
     partial = run / "model" / ".activated.partial"
-    train_step = ThinkingTrainer.training_step
+    train_step = AlignTrainer.training_step
 
     def dying(self, *arguments, **settings):
         if self.state.global_step == 5:
             raise Stopped
         return train_step(self, *arguments, **settings)
 
-    monkeypatch.setattr(ThinkingTrainer, "training_step", dying)
+    monkeypatch.setattr(AlignTrainer, "training_step", dying)
     with pytest.raises(Stopped):
         activate(run, recipe)
     assert not (run / "model" / "activated").exists()
     assert (partial / "rationales.parquet").exists()
     assert (partial / ".steps" / "checkpoint-4").is_dir()
-    monkeypatch.setattr(ThinkingTrainer, "training_step", train_step)
+    monkeypatch.setattr(AlignTrainer, "training_step", train_step)
     monkeypatch.setattr(
         activate_module, "write_rationales", lambda *_, **__: pytest.fail("written again")
     )
@@ -380,11 +378,7 @@ def test_two_processes_activate_as_one(aligned_run, tmp_path) -> None:
     activate(alone, recipe)
     together = copy_run(aligned_run, tmp_path / "together")
     arguments = [f"--set={key}={json.dumps(value)}" for key, value in vars(recipe).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "--", "whyrec.train.activate", "--run", str(together), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes("-m", "--", "whyrec.train.activate", "--run", str(together), *arguments)
     for ours, theirs in zip(training_log(alone), training_log(together), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-3)
     assert not list((together / "model").glob(".*"))

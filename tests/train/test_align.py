@@ -1,10 +1,7 @@
 """`align` from end to end on a tiny backbone and a catalogue with a planted pattern."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conftest import LEVEL_SIZES, NUM_ITEMS, make_run
+from conftest import LEVEL_SIZES, NUM_ITEMS, in_two_processes, make_run
 from whyrec import Recommender
 from whyrec.backbone import packed_attention
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
@@ -401,16 +398,6 @@ def test_missing_stages_are_named(run, backbone) -> None:
     shutil.rmtree(run / "dataset")
     with pytest.raises(ValueError, match="run `whyrec prepare SOURCE"):
         align(run, make_recipe(backbone))
-
-
-def in_two_processes(*program: str) -> None:
-    """Run a program in two CPU processes; `accelerate launch` can do so through MPI only."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, *program], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def check_equal(alone: Path, together: Path) -> None:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from conftest import in_two_processes
 from whyrec import Recommender
 from whyrec.decode import think as think_module
 from whyrec.decode.model_folder import load_model_folder
@@ -296,11 +294,7 @@ def test_two_processes_train_as_one(activated_run, tmp_path) -> None:
     together = copy_run(activated_run, tmp_path / "together")
     recipe = make_recipe(**settings)
     arguments = [f"--set={key}={json.dumps(value)}" for key, value in vars(recipe).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "--", "whyrec.train.enhance", "--run", str(together), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes("-m", "--", "whyrec.train.enhance", "--run", str(together), *arguments)
     for ours, theirs in zip(steps_of(alone), steps_of(together), strict=True):
         for name in ("reward", "entropy", "kl", "grad_norm", "trace_tokens"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name

@@ -6,14 +6,17 @@ seen them, but its codes have meaning, so a new item is recommended where its ne
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from whyrec.backbone.load import load_backbone
 from whyrec.catalog.dataset import Item, read_items, write_items
 from whyrec.catalog.readers.tables import Columns, read_item_table
-from whyrec.decode.model_folder import ADDED, SETTINGS_FILE, catalogue_file
+from whyrec.decode.model_folder import ADDED, SETTINGS_FILE, catalogue_file, read_catalogue
 from whyrec.sid.index import encode_new_items, read_sids, write_sids
 from whyrec.sid.trie import Trie
 
@@ -34,8 +37,7 @@ def add_items(folder: Path, items_file: Path) -> int:
     """
     if not (folder / SETTINGS_FILE).exists():
         raise ValueError(f"{folder} is not a WhyRec model folder; name one that `align` wrote")
-    items = read_items(catalogue_file(folder, "items.parquet"))
-    codes_NL = read_sids(catalogue_file(folder, "sids.parquet"), [item.item_id for item in items])
+    items, codes_NL = read_catalogue(folder)
     retired, retired_codes_RL = read_retired(folder, num_levels=codes_NL.shape[1])
     new_items = _new_items(items_file, known={item.item_id for item in [*items, *retired]})
     new_codes_ML = encode_new_items(
@@ -46,26 +48,45 @@ def add_items(folder: Path, items_file: Path) -> int:
         codebooks=folder / "codebooks.safetensors",
         load_backbone=load_backbone,
     )
-    everything = [*items, *new_items]
-    codes_NL = torch.cat([codes_NL, new_codes_ML])
     level_sizes = Trie.load(catalogue_file(folder, "trie.safetensors")).level_sizes
+    codes_NL = torch.cat([codes_NL, new_codes_ML])
+    with new_catalogue(folder, [*items, *new_items], codes_NL, level_sizes=level_sizes):
+        pass
+    return len(new_items)
+
+
+@contextmanager
+def new_catalogue(
+    folder: Path, items: Sequence[Item], codes_NL: Tensor, *, level_sizes: Sequence[int]
+) -> Iterator[Path]:
+    """Put a catalogue in the place of a model folder's own; the old one counts until the end.
+
+    Args:
+        folder: the model folder.
+        items: of the new catalogue.
+        codes_NL: their SIDs.
+        level_sizes: codes of each level.
+
+    Yields:
+        A scratch folder, for files that shall come with the catalogue.
+    """
     scratch = folder / ".adding"
     shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
     scratch.mkdir()
     try:
-        write_items(scratch / "items.parquet", everything)
-        write_sids(scratch / "sids.parquet", [item.item_id for item in everything], codes_NL)
-        Trie.build(codes_NL, level_sizes=level_sizes).save(scratch / "trie.safetensors")
-        move_added(folder)
+        write_items(scratch / "items.parquet", items)
+        write_sids(scratch / "sids.parquet", [item.item_id for item in items], codes_NL)
+        Trie.build(codes_NL, level_sizes=tuple(level_sizes)).save(scratch / "trie.safetensors")
+        yield scratch
+        _move_added(folder)
         # One rename decides: before it the old catalogue counts, after it the new one.
         os.replace(scratch, folder / ADDED)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    move_added(folder)
-    return len(new_items)
+    _move_added(folder)
 
 
-def read_retired(folder: Path, *, num_levels: int) -> tuple[list[Item], torch.Tensor]:
+def read_retired(folder: Path, *, num_levels: int) -> tuple[list[Item], Tensor]:
     """Its retired items and the SIDs they had; none where nothing was ever retired."""
     path = catalogue_file(folder, RETIRED_ITEMS)
     items = read_items(path) if path.exists() else []
@@ -99,7 +120,7 @@ def _new_items(items_file: Path, *, known: set[str]) -> list[Item]:
     return list(catalogue.items.values())
 
 
-def move_added(folder: Path) -> None:
+def _move_added(folder: Path) -> None:
     """Move finished files from `.added` to their places; again, if an earlier try was killed."""
     added = folder / ADDED
     if not added.exists():

@@ -127,8 +127,7 @@ def load_model_folder(
     settings = read_settings(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    items = read_items(catalogue_file(folder, "items.parquet"))
-    codes_NL = read_sids(catalogue_file(folder, "sids.parquet"), [item.item_id for item in items])
+    items, codes_NL = read_catalogue(folder)
     trie = Trie.load(catalogue_file(folder, "trie.safetensors"))
     if trie.num_items != len(items) or list(trie.level_sizes) != settings.level_sizes:
         raise ValueError(
@@ -137,15 +136,33 @@ def load_model_folder(
         )
     model, tokenizer = load_backbone(str(folder), dtype=dtype)
     vocabulary = SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes)
-    encoder = PromptEncoder(
+    encoder = folder_encoder(folder, tokenizer, vocabulary=vocabulary, codes_NL=codes_NL)
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)
+
+
+def folder_encoder(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary: SidVocabulary,
+    codes_NL: Tensor,
+) -> PromptEncoder:
+    """The prompts of a model folder, in its own words, for items of these SIDs."""
+    return PromptEncoder(
         tokenizer,
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         template_folder=folder / "prompts",
-        thinks=settings.thoughts is not None,
+        thinks=read_settings(folder).thoughts is not None,
     )
-    model = model.to(device).eval()  # type: ignore[arg-type]
-    return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)
+
+
+def read_catalogue(folder: Path) -> tuple[list[Item], Tensor]:
+    """A model folder's items and their SIDs, codes_NL int64."""
+    items = read_items(catalogue_file(folder, "items.parquet"))
+    ids = [item.item_id for item in items]
+    return items, read_sids(catalogue_file(folder, "sids.parquet"), ids)
 
 
 def catalogue_file(folder: Path, name: str) -> Path:

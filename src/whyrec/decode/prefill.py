@@ -44,9 +44,13 @@ class Prefilled:
     def make_room(self, num_tokens: int) -> None:
         """Forget all beam tokens if so many new ones might not fit beside them."""
         if self.store.in_sight(num_tokens) > self.store.capacity:
-            self.store.forget_tree()
-            self.nodes_UB = self.nodes_UB[:, :0]
-            self.hidden_UBD = self.hidden_UBD[:, :0]
+            self.forget_beams()
+
+    def forget_beams(self) -> None:
+        """Forget all beam tokens."""
+        self.store.forget_tree()
+        self.nodes_UB = self.nodes_UB[:, :0]
+        self.hidden_UBD = self.hidden_UBD[:, :0]
 
     def find(self, nodes_UW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Look up beam tokens by node: found [U, W], slots [U, W] and hidden states [U, W, D]."""

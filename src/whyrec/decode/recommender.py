@@ -25,7 +25,13 @@ from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.model_folder import ModelFolder, load_model_folder
 from whyrec.decode.ranking import Ranking, rank_histories
 from whyrec.decode.think import Thinker, ThoughtSettings
-from whyrec.decode.thought_ranking import ThoughtRanking, by_thought, fuse, rank_thinking
+from whyrec.decode.thought_ranking import (
+    ThoughtRanking,
+    by_thought,
+    fuse,
+    rank_thinking,
+    speaks_most,
+)
 from whyrec.sid.vocabulary import sid_text
 
 
@@ -209,12 +215,7 @@ class Recommender:
         )
         rankings = by_thought(beams, samples=settings.samples)
         mixed = fuse(rankings, weights=[1] * settings.samples, width=width)
-        first = mixed.items_EW[0, 0]
-        for_first = [
-            np.where(ranking.items_EW[0] == first, ranking.scores_EW[0], -np.inf).max()
-            for ranking in rankings
-        ]
-        best = drawn.thought(0, int(np.argmax(for_first)))
+        best = drawn.thought(0, speaks_most(rankings, mixed))
         return mixed, self.encoder.tokenizer.decode(best)
 
     def indices(self, item_ids: Sequence[str]) -> list[int]:

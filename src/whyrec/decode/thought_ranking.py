@@ -104,6 +104,16 @@ def by_thought(beams: Beams, *, samples: int) -> list[Ranking]:
     return [Ranking(items_RW[g::samples], scores_RW[g::samples]) for g in range(samples)]
 
 
+def speaks_most(rankings: Sequence[Ranking], mixed: Ranking) -> int:
+    """Which of one history's rankings gives the first item of their mixture the most."""
+    first = mixed.items_EW[0, 0]
+    for_first = [
+        np.where(ranking.items_EW[0] == first, ranking.scores_EW[0], -np.inf).max()
+        for ranking in rankings
+    ]
+    return int(np.argmax(for_first))
+
+
 def fuse(rankings: Sequence[Ranking], *, weights: Sequence[float], width: int) -> Ranking:
     """Mix rankings of the same histories: p(item) = Σ w · p(item | ranking).
 

@@ -109,7 +109,6 @@ def _probabilities(
 ) -> dict[tuple[int, ...], float]:
     """Log-probability of the last code of each prefix, among those that may stand there."""
     trie, vocabulary = decoder.trie, decoder.vocabulary
-    weight_VD = decoder.model.get_output_embeddings().weight
     found = {}
     for before in {codes[:-1] for codes in prefixes}:
         level = len(before)
@@ -127,7 +126,7 @@ def _probabilities(
             log_probs_K = torch.zeros(len(legal_K))
         else:
             first = vocabulary.offsets[level]
-            rows_KD = weight_VD[first : first + vocabulary.level_sizes[level]]
+            rows_KD = decoder.tree.head_rows(first, first + vocabulary.level_sizes[level])
             logits_K = (hidden_D.to(rows_KD.dtype) @ rows_KD.T).float()
             log_probs_K = logits_K.masked_fill(~legal_K, -torch.inf).log_softmax(-1)
         for codes in prefixes:

@@ -4,12 +4,12 @@ for cell in shared_prefixes(catalogue):
     print(cell.depth, cell.sharing)
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from whyrec.evaluation.codes import Catalogue
+from whyrec.sid.report import code_entropy
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def level_balance(catalogue: Catalogue) -> list[Balance]:
     found = []
     for level, size in enumerate(catalogue.level_sizes):
         counts_K = np.bincount(catalogue.codes_NL[:, level], minlength=size)
-        share = counts_K[counts_K > 0] / counts_K.sum()
-        entropy = float(-(share * np.log(share)).sum() / math.log(size)) if size > 1 else 1.0
+        entropy = code_entropy(catalogue.codes_NL[:, level], size)
         found.append(Balance(level, size, int((counts_K > 0).sum()), entropy, counts_K))
     return found
 

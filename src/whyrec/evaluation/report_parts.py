@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from whyrec.evaluation.curves import Row
 from whyrec.evaluation.figures import Figure, svg
+from whyrec.evaluation.tables import collect, short
 
 
 class Table(NamedTuple):
@@ -59,13 +60,13 @@ def plot(figure: Figure, caption: str) -> Plot:
 
 
 def interval(row: Row | None) -> str | None:
-    """`.1115 [.0990, .1240]`, the standard deviation instead where there are several seeds."""
+    """`.1115 [.0990, .1240]`, without the interval where none was recorded."""
     if row is None:
         return None
     text = f"{row.value:.4f}"
     if row.low is not None and row.high is not None:
         text += f" [{row.low:.4f}, {row.high:.4f}]"
-    return text.replace("0.", ".")
+    return short(text)
 
 
 def signed(records: Sequence[Mapping], key: str) -> str | None:
@@ -75,17 +76,13 @@ def signed(records: Sequence[Mapping], key: str) -> str | None:
     text = f"{values[key]:+.4f}"
     if f"{key}/low" in values:
         text += f" [{values[f'{key}/low']:+.4f}, {values[f'{key}/high']:+.4f}]"
-    return text.replace("0.", ".")
+    return short(text)
 
 
 def means(records: Sequence[Mapping], prefix: str) -> dict[str, float]:
     """Figures whose key begins so, each the mean over the records that have it."""
-    found: dict[str, list[float]] = {}
-    for entry in records:
-        for key, value in entry["figures"].items():
-            if key.startswith(prefix):
-                found.setdefault(key, []).append(float(value))
-    return {key: sum(values) / len(values) for key, values in found.items()}
+    found = collect(records).items()
+    return {key: sum(values) / len(values) for key, values in found if key.startswith(prefix)}
 
 
 def read_json(path: Path) -> Any | None:

@@ -10,7 +10,6 @@ What a run does not have yet is named with the command that makes it, and the re
 page asks for nothing outside of itself and follows the reader's light or dark setting.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from whyrec.evaluation.report_measured import (
 from whyrec.evaluation.report_parts import Section, Table, read_json
 from whyrec.evaluation.results import read_results
 from whyrec.evaluation.trace_view import TraceReader
-from whyrec.stage import fingerprint
+from whyrec.stage import fingerprint, write_text
 
 _STAGES = {
     "dataset": "whyrec prepare",
@@ -92,9 +91,7 @@ def report(
         folder / "report.md": page("report.md.j2", **values),
     }
     for path, text in texts.items():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     return list(texts)
 
 

@@ -18,7 +18,6 @@ name may stand, with blanks between them:
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from whyrec.evaluation.results import read_results
+from whyrec.stage import write_text
 
 METRICS = ("R@5", "R@10", "N@5", "N@10")
 MODEL_NAMES = {  # in the order of the rows; other models come last under their own names
@@ -61,7 +61,7 @@ def render(records: Sequence[Mapping], published: Mapping | None = None) -> str:
     Raises:
         ValueError: when there are published rows and no ranking figures to stand beside.
     """
-    values = _collect(records)
+    values = collect(records)
     parts = []
     for history, title in (("excluded", "history excluded"), ("kept", "history kept")):
         rows = _measured_rows(values, history)
@@ -154,13 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"python -m whyrec.evaluation.tables {options.file}"
         print(f"whyrec: {options.file} has stale tables; run `{command}`", file=sys.stderr)
         return 1
-    temporary = options.file.with_name(f".{options.file.name}.tmp")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, options.file)
+    write_text(options.file, new)
     return 0
 
 
-def _collect(records: Sequence[Mapping]) -> dict[str, list[float]]:
+def collect(records: Sequence[Mapping]) -> dict[str, list[float]]:
     """Figure key → its value in every record that has it."""
     values: dict[str, list[float]] = {}
     for entry in records:
@@ -185,10 +183,10 @@ def _cell(values: list[float] | None) -> tuple[float, str]:
         return float("nan"), "–"
     mean = float(np.mean(values))
     spread = f" ± {np.std(values, ddof=1):.4f}" if len(set(values)) > 1 else ""
-    return mean, _short(f"{mean:.4f}{spread}")
+    return mean, short(f"{mean:.4f}{spread}")
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """.0567 for 0.0567: the field's tables leave the zero out."""
     return re.sub(r"\b0\.", ".", text)
 

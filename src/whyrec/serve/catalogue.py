@@ -18,13 +18,12 @@ import torch
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from whyrec.catalog.dataset import Item, nearest_ids, read_items
+from whyrec.catalog.dataset import Item, nearest_ids
 from whyrec.decode.add_items import read_retired
-from whyrec.decode.model_folder import catalogue_file, read_settings
+from whyrec.decode.model_folder import folder_encoder, read_catalogue, read_settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.serve.errors import ServeError, shown
 from whyrec.serve.schema import CatalogueItem, Event, Filter, HistoryEntry, RecommendedItem
-from whyrec.sid.index import read_sids
 from whyrec.sid.vocabulary import SidVocabulary, sid_text
 
 _NAMES_TO_COMPARE = 5_000  # to look through more would hold up everybody else
@@ -81,13 +80,8 @@ class Catalogue:
         retired, retired_codes_NL = read_retired(folder, num_levels=codes_NL.shape[1])
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
         codes_NL = torch.cat([codes_NL, retired_codes_NL])
-        encoder = PromptEncoder(
-            tokenizer,
-            vocabulary=SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes),
-            codes_NL=codes_NL.tolist(),
-            template_folder=folder / "prompts",
-            thinks=settings.thoughts is not None,
-        )
+        vocabulary = SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes)
+        encoder = folder_encoder(folder, tokenizer, vocabulary=vocabulary, codes_NL=codes_NL)
         return cls(
             [*items, *retired],
             codes_NL=codes_NL,
@@ -247,13 +241,6 @@ class Catalogue:
 
     def _sid(self, index: int) -> str:
         return sid_text(self._codes_NL[index].tolist())
-
-
-def read_catalogue(folder: Path) -> tuple[list[Item], torch.Tensor]:
-    """A model folder's live items and their SIDs, codes_NL int64."""
-    items = read_items(catalogue_file(folder, "items.parquet"))
-    ids = [item.item_id for item in items]
-    return items, read_sids(catalogue_file(folder, "sids.parquet"), ids)
 
 
 def _fold(text: str) -> str:

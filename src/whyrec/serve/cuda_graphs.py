@@ -112,7 +112,7 @@ class GraphedBeams:
                 torch.cat([part.scores_UW for part in parts]),
             )
         padded = [*rules, *[Rule()] * (self._users(len(prompts)) - len(prompts))]
-        permitted = self.decoder.permitted(padded)
+        permitted = self.decoder.permitted(padded, intervals=INTERVALS[0])  # as most will want it
         bucket = self._bucket(prompts, width=width, intervals=permitted.starts_UX.shape[1])
         if bucket is None:
             searched = self.decoder.prefill(prompts, width=width)

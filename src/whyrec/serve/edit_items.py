@@ -10,8 +10,6 @@ histories with it can still be read and no other item is given its SID. Added ag
 back.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +17,9 @@ import torch
 
 from whyrec.backbone.load import load_backbone
 from whyrec.catalog.dataset import Item, write_items
-from whyrec.decode.add_items import RETIRED_ITEMS, RETIRED_SIDS, move_added, read_retired
-from whyrec.decode.model_folder import ADDED, read_settings
-from whyrec.serve.catalogue import read_catalogue
+from whyrec.decode.add_items import RETIRED_ITEMS, RETIRED_SIDS, new_catalogue, read_retired
+from whyrec.decode.model_folder import read_catalogue, read_settings
 from whyrec.sid.index import encode_new_items, write_sids
-from whyrec.sid.trie import Trie
 
 
 def change_items(folder: Path, *, put: Sequence[Item] = (), retire: Sequence[str] = ()) -> None:
@@ -74,29 +70,11 @@ def change_items(folder: Path, *, put: Sequence[Item] = (), retire: Sequence[str
             load_backbone=load_backbone,
         )
         codes |= {item.item_id: row for item, row in zip(to_encode, new_ML.tolist(), strict=True)}
-    _write(folder, live, retired, codes, tuple(settings.level_sizes))
-
-
-def _write(
-    folder: Path,
-    live: dict[str, Item],
-    retired: dict[str, Item],
-    codes: dict[str, list[int]],
-    level_sizes: tuple[int, ...],
-) -> None:
-    scratch = folder / ".adding"
-    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-    scratch.mkdir()
-    try:
-        codes_NL = torch.tensor([codes[item_id] for item_id in live])
-        write_items(scratch / "items.parquet", live.values())
-        write_sids(scratch / "sids.parquet", list(live), codes_NL)
-        gone_codes_NL = torch.tensor([codes[item_id] for item_id in retired])
+    live_codes_NL = torch.tensor([codes[item_id] for item_id in live])
+    gone_codes_NL = torch.tensor([codes[item_id] for item_id in retired])
+    catalogue = new_catalogue(
+        folder, list(live.values()), live_codes_NL, level_sizes=settings.level_sizes
+    )
+    with catalogue as scratch:
         write_items(scratch / RETIRED_ITEMS, retired.values())
         write_sids(scratch / RETIRED_SIDS, list(retired), gone_codes_NL)
-        Trie.build(codes_NL, level_sizes=level_sizes).save(scratch / "trie.safetensors")
-        move_added(folder)
-        os.replace(scratch, folder / ADDED)  # before it the old catalogue counts, then the new one
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    move_added(folder)

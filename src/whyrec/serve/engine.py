@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class ServingEngine:
                 f"the prompt has {len(prompt_ids)} tokens; this server takes 1 to "
                 f"{info.max_prompt - 1}"
             )
-        stop = await self._think_end()
+        stop = self._think_end
         params = SamplingParams(
             max_tokens=min(max_tokens, room),
             temperature=temperature,
@@ -248,11 +249,10 @@ class ServingEngine:
                 raise
             raise ValueError(_reason(error)) from error
 
-    async def _think_end(self) -> int:
-        if not hasattr(self, "_stop"):
-            tokenizer = self._client.renderer.get_tokenizer()
-            self._stop = int(tokenizer.convert_tokens_to_ids("</think>"))
-        return self._stop
+    @cached_property
+    def _think_end(self) -> int:
+        tokenizer = self._client.renderer.get_tokenizer()
+        return int(tokenizer.convert_tokens_to_ids("</think>"))
 
     def _check(self, request: BeamRequest, version: int) -> None:
         if version not in self._infos:
@@ -270,11 +270,12 @@ class ServingEngine:
         _check_ids("prompt", request.prompt_ids, stop=info.vocab_size)
         _check_ids("excluded", request.excluded, stop=info.num_items)
         _check_ids("allowed", request.allowed or [], stop=info.num_items)
-        for prefix in request.prefixes or []:
-            if len(prefix) > len(info.level_sizes):
-                raise ValueError(f"a SID has {len(info.level_sizes)} codes, a prefix no more")
-            for code, size in zip(prefix, info.level_sizes, strict=False):
-                _check_ids("prefixes", [code], stop=size)
+        prefixes = request.prefixes or []
+        if any(len(prefix) > len(info.level_sizes) for prefix in prefixes):
+            raise ValueError(f"a SID has {len(info.level_sizes)} codes, a prefix no more")
+        for level, size in enumerate(info.level_sizes):
+            codes = [prefix[level] for prefix in prefixes if len(prefix) > level]
+            _check_ids("prefixes", codes, stop=size)
 
     async def _run(self) -> None:
         """Gather beams and send them, one batch after the other, for ever."""

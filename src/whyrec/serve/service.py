@@ -22,7 +22,7 @@ import numpy as np
 
 from whyrec.decode.model_folder import read_settings
 from whyrec.decode.ranking import Ranking
-from whyrec.decode.thought_ranking import fuse
+from whyrec.decode.thought_ranking import fuse, speaks_most
 from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.catalogues import Catalogues
 from whyrec.serve.engine import BeamRequest
@@ -245,12 +245,7 @@ class Service:
         """The thought that speaks most for the first item."""
         if not thoughts:
             return ""
-        best = 0
-        if ranking is not None and ranking.items_EW[0, 0] >= 0:
-            first = ranking.items_EW[0, 0]
-            for_first = [np.where(r.items_EW[0] == first, r.scores_EW[0], -np.inf).max()
-                         for r in rankings]  # fmt: skip
-            best = int(np.argmax(for_first))
+        best = 0 if ranking is None else speaks_most(rankings, ranking)
         return plan.catalogue.encoder.tokenizer.decode(list(thoughts[best]))
 
     def _items(self, plan: _Plan, ranking: Ranking | None) -> list:

@@ -85,18 +85,16 @@ def think_ahead(
         worker = _Worker(recommender, settings=settings, width=width, levels=levels)
         bar = tqdm(total=len(histories), desc="think ahead", unit="user", file=sys.stderr)
         bar.update(len(histories) - len(todo))
-        shown = {
-            user: recommender.indices(histories[user])[-recommender.settings.max_history :]
-            for user in todo
-        }
-        rows = [
-            settings.samples * (settings.max_tokens + worker.prompt_length(shown[user]))
+        newest = slice(-recommender.settings.max_history, None)
+        prompts = [
+            recommender.encoder.thinking_prompt(recommender.indices(histories[user])[newest])
             for user in todo
         ]
+        rows = [settings.samples * (settings.max_tokens + len(prompt)) for prompt in prompts]
         for batch in batches(rows, device=recommender.decoder.device.type) if todo else []:
             names = [todo[place] for place in batch]
             keys = [dataset.user_index[user] for user in names]
-            made = worker.prepare([shown[user] for user in names], keys=keys)
+            made = worker.prepare([prompts[place] for place in batch], keys=keys)
             now = time.time()
             entries = [
                 Prepared(user, now, histories[user], drawn, prefixes, made_with)
@@ -116,7 +114,6 @@ class _Worker:
     def __init__(
         self, recommender: Recommender, *, settings: ThoughtSettings, width: int, levels: int
     ) -> None:
-        self._encoder = recommender.encoder
         self._settings = settings
         full = recommender.decoder
         codes_NL = torch.tensor(
@@ -133,18 +130,15 @@ class _Worker:
             trie=Trie.build(self._prefixes_PL, level_sizes=sizes),
         )
         self._width = min(width, len(self._prefixes_PL))
-        self._thinker = Thinker(self._decoder, self._encoder)
-
-    def prompt_length(self, history: list[int]) -> int:
-        return len(self._encoder.thinking_prompt(history))
+        self._thinker = Thinker(self._decoder, recommender.encoder)
 
     def prepare(
-        self, histories: list[list[int]], *, keys: list[int]
+        self, prompts: list[list[int]], *, keys: list[int]
     ) -> list[tuple[list[list[int]], list[list[list[int]]]]]:
         """The thoughts of each user, and the prefixes behind each thought."""
         samples = self._settings.samples
         drawn = self._thinker.think(
-            [self._encoder.thinking_prompt(history) for history in histories],
+            prompts,
             samples=samples,
             max_tokens=self._settings.max_tokens,
             temperature=self._settings.temperature,
@@ -155,7 +149,7 @@ class _Worker:
             self._thinker.answer(drawn, width=self._width), width=self._width
         )
         found = []
-        for user in range(len(histories)):
+        for user in range(len(prompts)):
             rows = beams.items_UW[user * samples : (user + 1) * samples].tolist()
             prefixes = [
                 [self._prefixes_PL[place].tolist() for place in row if place >= 0] for row in rows

@@ -51,7 +51,7 @@ def sid_report(
         "collision_rate": round(colliding / num_items, 4),
         "codes_used": [len(np.unique(codes[:, level])) for level in range(num_levels)],
         "entropy": [
-            round(_entropy(codes[:, level], size), 4)
+            round(code_entropy(codes[:, level], size), 4)
             for level, size in enumerate(quantizer.level_sizes)
         ],
         "neighbours_kept": round(_neighbours_kept(vectors_ND, rebuilt_ND, sample, seed), 4),
@@ -80,7 +80,8 @@ def summary_lines(report: dict) -> list[str]:
     ]
 
 
-def _entropy(code_N: np.ndarray, size: int) -> float:
+def code_entropy(code_N: np.ndarray, size: int) -> float:
+    """Entropy of a level's codes / log(size); 1 where all are used alike."""
     share = np.bincount(code_N, minlength=size) / max(1, len(code_N))
     share = share[share > 0]
     return float(-(share * np.log(share)).sum() / math.log(size)) if size > 1 else 1.0

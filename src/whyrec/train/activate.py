@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Dataset
@@ -40,7 +39,7 @@ from whyrec.train.activate_recipe import (
 from whyrec.train.align import check_checkpoint
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
 from whyrec.train.command import stage_command
-from whyrec.train.continued import check_adapter, continued_model, save_trained
+from whyrec.train.continued import check_adapter, check_context, continued_model, save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.packing import PackedOrder
 from whyrec.train.rationales import (
@@ -49,8 +48,9 @@ from whyrec.train.rationales import (
     read_rationales,
     write_rationales,
 )
-from whyrec.train.thinking import ThinkingMix, ThinkingTrainer
-from whyrec.train.trainer import processes, say
+from whyrec.train.thinking import ThinkingMix
+from whyrec.train.trainer import AlignTrainer, processes, say
+from whyrec.train.validation import Validation
 
 
 def activate(run: Path, recipe: ActivateRecipe, *, force: bool = False) -> None:
@@ -101,7 +101,12 @@ def _build(
     encoder = PromptEncoder(
         tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist(), thinks=True
     )
-    _check_context(plain_model(adapted), encoder, recipe, aligned.max_history)
+    check_context(
+        plain_model(adapted),
+        longest=len(encoder.answer_prompt([0] * aligned.max_history)) + recipe.thought_tokens + 16,
+        max_history=aligned.max_history,
+        thought=recipe.thought_tokens,
+    )
 
     def own_thinker() -> Thinker:
         model = plain_model(adapted).to(state.device).eval()
@@ -123,18 +128,6 @@ def _build(
         "trained_tokens": trainer.trained_tokens,
         "log": trainer.state.log_history,
     }
-
-
-def _check_context(
-    model: PreTrainedModel, encoder: PromptEncoder, recipe: ActivateRecipe, max_history: int
-) -> None:
-    longest = len(encoder.answer_prompt([0] * max_history)) + recipe.thought_tokens + 16
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if longest > limit:
-        raise ValueError(
-            f"histories of {max_history} items and thought_tokens {recipe.thought_tokens} make "
-            f"{longest} tokens, but the model reads {limit}; lower thought_tokens in the recipe"
-        )
 
 
 def _rationales(
@@ -179,7 +172,7 @@ def _trainer(
     trie: Trie,
     rationales: Rationales,
     folder: Path,
-) -> ThinkingTrainer:
+) -> AlignTrainer:
     mix = ThinkingMix(
         encoder,
         sequences=dataset.training_sequences(),
@@ -192,8 +185,8 @@ def _trainer(
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
     order = PackedOrder(mix, tokens=row_tokens, seed=recipe.seed)
     say(f"activate: {len(mix)} examples in {len(order)} rows, {mix.tasks()}")
-    valid = dataset.examples("valid").at_most(recipe.valid_users)
-    return ThinkingTrainer(
+    trie = trie.to(processes().device)
+    return AlignTrainer(
         adapted,
         args=training_arguments(
             folder / ".steps",
@@ -204,25 +197,28 @@ def _trainer(
             max_steps=recipe.max_steps,
             weight_decay=recipe.weight_decay,
             seed=recipe.seed,
+            best_metric=recipe.best_metric,
             logs=run / "logs" / "activated" / "steps",
             report_to=recipe.report_to,
         ),
         mix=mix,
         order=order,
-        encoder=encoder,
         sid_loss=SidLoss(
             encoder.vocabulary,
-            trie.to(processes().device),
+            trie,
             recipe.label_smoothing,
             recipe.dropout,
             recipe.text_weight,
         ),
-        valid=valid,
-        beam_width=recipe.beam_width,
-        max_history=aligned.max_history,
+        validation=Validation(
+            dataset.examples("valid").at_most(recipe.valid_users),
+            encoder,
+            trie,
+            recipe.beam_width,
+            aligned.max_history,
+            thoughts_of(recipe),
+        ),
         compiled=recipe.compile,
-        thoughts=thoughts_of(recipe),
-        best_metric=recipe.best_metric,
     )
 
 

@@ -6,8 +6,7 @@ from whyrec.decode.think import ThoughtSettings
 from whyrec.reasoning.endpoint import EndpointSettings
 from whyrec.reasoning.grounded import GroundedSettings
 from whyrec.train.rationales import Writing
-from whyrec.train.thinking import MODES
-from whyrec.train.trainer import METRICS
+from whyrec.train.validation import METRICS, MODES
 
 
 @dataclass

@@ -40,6 +40,7 @@ from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_replies
 from whyrec.train.trainer import AlignTrainer, processes, say
+from whyrec.train.validation import Validation
 from whyrec.train.warmup import warm_up
 
 
@@ -113,10 +114,16 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = _adapted(model, recipe, token_ids=token_ids)
-    valid = dataset.examples("valid").at_most(recipe.valid_users)
+    validation = Validation(
+        dataset.examples("valid").at_most(recipe.valid_users),
+        encoder,
+        trie.to(state.device),
+        recipe.beam_width,
+        recipe.max_history,
+    )
     sid_loss = SidLoss(
         vocabulary,
-        trie.to(state.device),
+        validation.trie,
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         text_weight=recipe.text_weight,
@@ -157,11 +164,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             ),
             mix=mix,
             order=order,
-            encoder=encoder,
             sid_loss=sid_loss,
-            valid=valid,
-            beam_width=recipe.beam_width,
-            max_history=recipe.max_history,
+            validation=validation,
             compiled=recipe.compile,
         )
 

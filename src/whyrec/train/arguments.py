@@ -3,11 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from whyrec.train.trainer import BEST_METRIC, processes
+from whyrec.train.trainer import processes
 
 
 def cut_rows(batch_tokens: int, *, micro: int) -> tuple[int, int]:
@@ -41,6 +42,7 @@ def training_arguments(
     evaluations: int,
     max_steps: int = 0,
     seed: int,
+    best_metric: str = "N@10",
     logs: Path,
     report_to: str,
 ) -> SFTConfig:
@@ -55,44 +57,81 @@ def training_arguments(
         evaluations: evenly over the steps, each with a checkpoint; none without.
         max_steps: optimizer steps at most; 0 for all rows.
         seed: of dropout.
+        best_metric: what the best checkpoint is best by, such as `think_N@10`.
         logs: for TensorBoard, such as `runs/NAME/logs/aligned/mix`.
         report_to: a tracker that transformers knows, or none.
     """
     steps = max(num_rows // (accumulated * processes().num_processes), 1)
     steps = min(steps, max_steps) if max_steps else steps
     every = max(steps // max(evaluations, 1), 1)
-    on_gpu = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
+        **common_arguments(
+            folder,
+            steps=steps,
+            every=every,
+            evaluated=evaluations > 0,
+            lr=lr,
+            weight_decay=weight_decay,
+            best_metric=best_metric,
+            seed=seed,
+            logs=logs,
+            report_to=report_to,
+        ),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulated,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=False,
         max_length=None,
         accelerator_config={"even_batches": False},  # rows hold different numbers of examples
-        logging_nan_inf_filter=False,  # it makes the host wait for the GPU at every step
-        remove_unused_columns=False,
-        dataloader_num_workers=4 if on_gpu else 0,
-        eval_strategy="steps" if evaluations else "no",
-        eval_steps=every,
-        save_strategy="steps" if evaluations else "no",
-        save_steps=every,
-        save_total_limit=1,
-        load_best_model_at_end=evaluations > 0,
-        metric_for_best_model=BEST_METRIC,
-        greater_is_better=True,
+        dataloader_num_workers=4 if torch.cuda.is_available() else 0,
         logging_steps=max(every // 5, 1),
-        seed=seed,
-        **tracked(logs, report_to),
     )
+
+
+def common_arguments(
+    folder: Path,
+    *,
+    steps: int,
+    every: int,
+    lr: float,
+    weight_decay: float,
+    best_metric: str,
+    seed: int,
+    logs: Path,
+    report_to: str,
+    evaluated: bool = True,
+) -> dict[str, Any]:
+    """What every trainer of TRL's is told alike; arguments as above.
+
+    Args:
+        steps: optimizer steps.
+        every: steps between evaluations.
+        evaluated: whether there are any, each with a checkpoint.
+    """
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "learning_rate": lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": weight_decay,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": False,
+        "logging_nan_inf_filter": False,  # it makes the host wait for the GPU at every step
+        "remove_unused_columns": False,
+        "eval_strategy": "steps" if evaluated else "no",
+        "eval_steps": every,
+        "save_strategy": "steps" if evaluated else "no",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": evaluated,
+        "metric_for_best_model": f"eval_{best_metric}",
+        "greater_is_better": True,
+        "seed": seed,
+        **tracked(logs, report_to),
+    }
 
 
 def tracked(logs: Path, report_to: str) -> dict[str, str]:

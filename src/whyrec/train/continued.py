@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
@@ -76,6 +76,24 @@ def continued_model(
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = load_adapter(model, folder / "checkpoint", token_ids=token_ids)
     return adapted, tokenizer, vocabulary
+
+
+def check_context(model: PreTrainedModel, *, longest: int, max_history: int, thought: int) -> None:
+    """Refuse, before any work, prompts and thoughts that the model cannot read.
+
+    Args:
+        model: that goes on training.
+        longest: tokens of a history of `max_history` items, a thought of `thought` tokens and SID.
+
+    Raises:
+        ValueError: when the model reads fewer.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > limit:
+        raise ValueError(
+            f"histories of {max_history} items and thought_tokens {thought} make {longest} tokens, "
+            f"but the model reads {limit}; lower thought_tokens in the recipe"
+        )
 
 
 def save_trained(

@@ -11,7 +11,6 @@ where no step betters it, the enhanced model is the activated one.
         --run runs/NAME --recipe recipes/NAME/grpo.yaml
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from whyrec.stage import read_stage, run_stage
 from whyrec.train.align import check_checkpoint
 from whyrec.train.arguments import last_checkpoint
 from whyrec.train.command import stage_command
-from whyrec.train.continued import check_adapter, continued_model, save_trained
+from whyrec.train.continued import check_adapter, check_context, continued_model, save_trained
 from whyrec.train.dpo import ReplyCollator, ReplyDpoTrainer
 from whyrec.train.enhance_recipe import (
     EnhanceRecipe,
@@ -52,7 +51,7 @@ from whyrec.train.preferences import read_preferences, write_preferences
 from whyrec.train.rationales import training_steps
 from whyrec.train.rewards import Catalogue
 from whyrec.train.rollouts import Roller
-from whyrec.train.trainer import processes, say
+from whyrec.train.trainer import launched_with_fsdp, processes, say
 from whyrec.train.validation import Validation
 
 
@@ -82,7 +81,7 @@ def enhance(run: Path, recipe: EnhanceRecipe, *, force: bool = False) -> None:
     check_recipe(recipe)
     check_adapter(activated, lora_rank=recipe.lora_rank)
     check_checkpoint(activated, run / "sids")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if launched_with_fsdp():
         raise ValueError(
             "FSDP shards the weights that thoughts are sampled with; launch with "
             "recipes/accelerate/gpus.yaml, which keeps them whole"
@@ -149,7 +148,13 @@ def _parts(run: Path, recipe: EnhanceRecipe, activated: Settings) -> _Parts:
         tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist(), thinks=True
     )
     thoughts = _thoughts(recipe, activated)
-    _check_context(plain_model(model), encoder, thoughts, activated.max_history)
+    prompt = encoder.answer_prompt([0] * activated.max_history)
+    check_context(
+        plain_model(model),
+        longest=len(prompt) + thoughts.max_tokens + vocabulary.num_levels,
+        max_history=activated.max_history,
+        thought=thoughts.max_tokens,
+    )
     book = FactBook(dataset.items)
     roller = Roller(
         training_steps(
@@ -170,9 +175,9 @@ def _parts(run: Path, recipe: EnhanceRecipe, activated: Settings) -> _Parts:
         dataset.examples("valid").at_most(recipe.valid_users),
         encoder,
         trie,
-        thoughts,
         recipe.beam_width,
         activated.max_history,
+        thoughts,
     )
     num_rows = plain_model(model).get_output_embeddings().weight.shape[0]
     text_V = text_tokens(tokenizer, num_rows=num_rows, stop=vocabulary.think_end)
@@ -262,19 +267,6 @@ def _thoughts(recipe: EnhanceRecipe, activated: Settings) -> ThoughtSettings:
     if not recipe.thought_tokens:
         return activated.thoughts
     return replace(activated.thoughts, max_tokens=recipe.thought_tokens)
-
-
-def _check_context(
-    model: PreTrainedModel, encoder: PromptEncoder, thoughts: ThoughtSettings, max_history: int
-) -> None:
-    levels = encoder.vocabulary.num_levels
-    longest = len(encoder.answer_prompt([0] * max_history)) + thoughts.max_tokens + levels
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if longest > limit:
-        raise ValueError(
-            f"histories of {max_history} items and thought_tokens {thoughts.max_tokens} make "
-            f"{longest} tokens, but the model reads {limit}; lower thought_tokens in the recipe"
-        )
 
 
 def _shown(figures: dict[str, float], name: str) -> str:

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from trl import DPOConfig, GRPOConfig
 
 from whyrec.decode.think import ThoughtSettings
-from whyrec.train.arguments import tracked
+from whyrec.train.arguments import common_arguments
 from whyrec.train.rewards import check_rewards
 from whyrec.train.rollouts import RolloutSettings
-from whyrec.train.thinking import MODES
-from whyrec.train.trainer import METRICS, processes
+from whyrec.train.trainer import processes
+from whyrec.train.validation import METRICS, MODES
 
 _METHODS = ("grpo", "dpo")
 _SCALES = ("group", "batch", "none")
@@ -221,33 +220,17 @@ def _arguments(
     steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
     # A checkpoint between two updates of a rollout would lose the rollout.
     every = max(steps // updates // recipe.evaluations, 1) * updates
-    on_gpu = torch.cuda.is_available()
-    return {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "learning_rate": recipe.lr,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        "bf16": on_gpu,
-        "use_cpu": not on_gpu,
-        "gradient_checkpointing": False,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": f"eval_{recipe.best_metric}",
-        "greater_is_better": True,
-        "logging_steps": 1,
-        "seed": recipe.seed,
-    } | tracked(logs, recipe.report_to)
+    return common_arguments(
+        folder,
+        steps=steps,
+        every=every,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        best_metric=recipe.best_metric,
+        seed=recipe.seed,
+        logs=logs,
+        report_to=recipe.report_to,
+    ) | {"dataloader_num_workers": 0, "logging_steps": 1}
 
 
 def _cut(recipe: EnhanceRecipe) -> tuple[int, int]:

@@ -16,9 +16,9 @@ A batch is one packed row (`whyrec.train.packing`), which also says where the lo
 Dimensions: T tokens, M positions of one kind, K codes of a level, D hidden size.
 """
 
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from whyrec.backbone.packed_blocks import PackedBlocks
+from whyrec.backbone.second_forward import add_forward
 from whyrec.prompting.encoder import IGNORED
 from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
@@ -119,29 +120,15 @@ def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss, *, blocks: Packed
         sid_loss: the loss.
         blocks: the model's blocks over packed rows.
     """
-    plain_forward = model.forward
-
-    def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor | None = None,
-        *args: object,
-        sid_loss: bool = False,
-        **kwargs: object,
-    ) -> object:
-        if not sid_loss:
-            return plain_forward(input_ids, *args, **kwargs)
-        return _forward_with_loss(self, loss, blocks, input_ids, **kwargs)  # type: ignore[arg-type]
-
-    loss = sid_loss
-    model.forward = types.MethodType(forward, model)
+    add_forward(model, "sid_loss", partial(_forward_with_loss, loss=sid_loss, blocks=blocks))
 
 
 def _forward_with_loss(
     model: PreTrainedModel,
-    sid_loss: SidLoss,
-    blocks: PackedBlocks,
     input_ids: Tensor,
     *,
+    loss: SidLoss,
+    blocks: PackedBlocks,
     labels: Tensor,
     position_ids: Tensor,
     document_starts: Tensor,
@@ -155,11 +142,11 @@ def _forward_with_loss(
     if torch.is_autocast_enabled(embedded_1TD.device.type):
         # The residual stream in bf16: half the traffic of what bounds a small model's speed.
         embedded_1TD = embedded_1TD.to(torch.get_autocast_dtype(embedded_1TD.device.type))
-    embedded_1TD = F.dropout(embedded_1TD, sid_loss.dropout, training=model.training)
+    embedded_1TD = F.dropout(embedded_1TD, loss.dropout, training=model.training)
     hidden_1TD = blocks(embedded_1TD, position_ids, document_starts)
-    hidden_1TD = F.dropout(hidden_1TD, sid_loss.dropout, training=model.training)
+    hidden_1TD = F.dropout(hidden_1TD, loss.dropout, training=model.training)
     head_VD = model.get_output_embeddings().weight
-    total = sid_loss.total(
+    total = loss.total(
         hidden_1TD[0],
         labels[0],
         head_VD.to(hidden_1TD.dtype),

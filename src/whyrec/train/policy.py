@@ -26,15 +26,16 @@ Dimensions: B sequences, T tokens, M scored words, L levels, K codes of a level,
 D hidden size.
 """
 
-import types
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from whyrec.backbone.packed_attention import PACKED, attention_of
+from whyrec.backbone.packed_blocks import PackedBlocks
+from whyrec.backbone.second_forward import add_forward
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.prefill import Prefilled
 from whyrec.decode.tree_attention import run
@@ -80,21 +81,7 @@ class Scored:
 
 def attach_policy(model: PreTrainedModel, policy: Policy) -> None:
     """Make `model(…, policy=True)` return log-probabilities in place of logits, in place."""
-    plain_forward = model.forward
-
-    def forward(
-        self: PreTrainedModel,
-        input_ids: Tensor | None = None,
-        *arguments: object,
-        policy: bool = False,
-        **settings: object,
-    ) -> object:
-        if not policy:
-            return plain_forward(input_ids, *arguments, **settings)
-        return _forward(self, drawn_from, input_ids, **settings)  # type: ignore[arg-type]
-
-    drawn_from = policy
-    model.forward = types.MethodType(forward, model)
+    add_forward(model, "policy", partial(_forward, policy=policy))
 
 
 def score(
@@ -173,7 +160,7 @@ def item_log_probs(decoder: BeamDecoder, prefilled: Prefilled, codes_RL: Tensor)
         codes_RL: codes of items of the catalogue.
     """
     vocabulary, store, device = decoder.vocabulary, prefilled.store, decoder.device
-    prefilled.make_room(store.capacity + 1)
+    prefilled.forget_beams()
     hidden_RLD = prefilled.last_hidden_UD[:, None]
     levels = codes_RL.shape[1]
     if levels > 1:
@@ -207,9 +194,9 @@ def item_log_probs(decoder: BeamDecoder, prefilled: Prefilled, codes_RL: Tensor)
 
 def _forward(
     model: PreTrainedModel,
-    policy: Policy,
     input_ids: Tensor,
     *,
+    policy: Policy,
     position_ids: Tensor,
     document_starts: Tensor,
     longest: int,
@@ -219,14 +206,9 @@ def _forward(
     codes: Tensor,
     **_: object,  # PEFT passes every argument of a causal LM on, as None
 ) -> dict[str, Tensor]:
-    with attention_of(model, PACKED):
-        hidden_TD = model.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            document_starts=document_starts,
-            longest=longest,
-        ).last_hidden_state[0]
+    blocks = PackedBlocks(model, longest=longest)
+    embedded_1TD = model.get_input_embeddings()(input_ids)
+    hidden_TD = blocks(embedded_1TD, position_ids, document_starts)[0]
     head_VD = model.get_output_embeddings().weight.to(hidden_TD.dtype)
     words, entropies, mass = [hidden_TD[:0, 0].float()], [], []
     for start in range(0, len(text_positions), _CHUNK):

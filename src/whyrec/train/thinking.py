@@ -1,4 +1,4 @@
-"""What activation trains on, and how it is evaluated: thinking and not thinking, side by side.
+"""What activation trains on: thinking and not thinking, side by side.
 
 An example is the raw history, a thought and the item; in a share of the examples the thought is
 closed at once, which is the no-think mode. A loss is taken on the rationale, on the `</think>` that
@@ -7,18 +7,11 @@ model not to think.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.think import Thinker, ThoughtSettings
-from whyrec.decode.thought_ranking import fuse, rank_thinking
 from whyrec.prompting.encoder import Example, PromptEncoder
 from whyrec.train.rationales import Rationales
-from whyrec.train.trainer import AlignTrainer
-
-MODES = ("", "think_", "fused_")
 
 
 class ThinkingMix:
@@ -96,42 +89,3 @@ class ThinkingMix:
     def _thought(self, index: int) -> list[int]:
         epoch, step = divmod(index, len(self.keys))
         return self._thoughts[step] if self._thinks[epoch, step] else []
-
-
-class ThinkingTrainer(AlignTrainer):
-    """Evaluates by ranking without thinking, with thinking, and with both fused.
-
-    Args:
-        thoughts: how to think.
-        best_metric: what the best checkpoint is best by, such as `think_N@10`.
-        settings: of `AlignTrainer`.
-    """
-
-    def __init__(
-        self, *arguments: Any, thoughts: ThoughtSettings, best_metric: str, **settings: Any
-    ) -> None:
-        self.thoughts = thoughts
-        settings["args"].metric_for_best_model = f"eval_{best_metric}"
-        super().__init__(*arguments, **settings)
-
-    def _rank(self, decoder: BeamDecoder, mine: np.ndarray) -> dict[str, list[float]]:
-        """`N@10`, `think_N@10`, `fused_N@10` and the like, and the mean tokens of the thoughts."""
-        plain = self._rank_histories(decoder, mine)
-        thinking = rank_thinking(
-            Thinker(decoder, self.encoder),
-            [self.valid.histories[i] for i in mine],
-            settings=self.thoughts,
-            keys=self.valid.users_E[mine].tolist(),
-            width=self.beam_width,
-            max_history=self.max_history,
-            progress="thinking" if self.accelerator.is_main_process else "",
-        )
-        (thought,) = thinking.rankings
-        weights = [self.thoughts.weight, 1 - self.thoughts.weight]
-        fused = fuse([thought, plain], weights=weights, width=self.beam_width)
-        columns: dict[str, list[float]] = {}
-        for mode, ranking in zip(MODES, (plain, thought, fused), strict=True):
-            figures = self._figures(ranking, mine)
-            columns |= {f"{mode}{name}": figure for name, figure in figures.items()}
-        tokens = [float(np.mean([len(ids) for ids in own])) for own in thinking.thoughts]
-        return columns | {"thought_tokens": tokens}

@@ -1,10 +1,11 @@
-"""What the trainers of reasoning enhancement share: validation by ranking, and checkpoints.
+"""What the trainers of all stages share: validation by ranking, and checkpoints.
 
-A model is validated as `activate` does it: the catalogue is ranked for validation users without
-thinking, with thinking, and with both fused, at equal inputs.
+The catalogue is ranked for validation users; a model that thinks, without thinking, with it, and
+with both fused, at equal inputs.
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +28,9 @@ from whyrec.evaluation.metrics import ranking_metrics
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.sid.trie import Trie
 from whyrec.stage import write_json
-from whyrec.train.thinking import MODES
-from whyrec.train.trainer import METRICS
+
+METRICS = ("R@5", "R@10", "N@5", "N@10")
+MODES = ("", "think_", "fused_")
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,17 @@ class Validation:
         examples: validation users.
         encoder: makes prompts.
         trie: the catalogue's SIDs.
-        thoughts: how to think.
         width: of the beam.
         max_history: items of a history in a prompt.
+        thoughts: how to think; None for a model that does not.
     """
 
     examples: Examples
     encoder: PromptEncoder
     trie: Trie
-    thoughts: ThoughtSettings
     width: int
     max_history: int
+    thoughts: ThoughtSettings | None = None
 
     def columns(
         self, model: PreTrainedModel, mine: Sequence[int], *, progress: bool
@@ -57,7 +59,6 @@ class Validation:
         """By metric (`N@10`, `think_N@10`, `fused_N@10`, …), a figure for each of some users."""
         decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.trie)
         histories = [self.examples.histories[user] for user in mine]
-        targets_E = self.examples.targets_E[list(mine)]
         (plain,) = rank_histories(
             decoder,
             self.encoder,
@@ -66,33 +67,42 @@ class Validation:
             max_history=self.max_history,
             progress="validation" if progress else "",
         )
-        thinking = rank_thinking(
-            Thinker(decoder, self.encoder),
-            histories,
-            settings=self.thoughts,
-            keys=self.examples.users_E[list(mine)].tolist(),
-            width=self.width,
-            max_history=self.max_history,
-            progress="thinking" if progress else "",
-        )
-        (thought,) = thinking.rankings
-        weights = [self.thoughts.weight, 1 - self.thoughts.weight]
-        fused = fuse([thought, plain], weights=weights, width=self.width)
+        rankings = [plain]
+        more: dict[str, list[float]] = {}
+        if self.thoughts is not None:
+            thinking = rank_thinking(
+                Thinker(decoder, self.encoder),
+                histories,
+                settings=self.thoughts,
+                keys=self.examples.users_E[list(mine)].tolist(),
+                width=self.width,
+                max_history=self.max_history,
+                progress="thinking" if progress else "",
+            )
+            (thought,) = thinking.rankings
+            weights = [self.thoughts.weight, 1 - self.thoughts.weight]
+            rankings += [thought, fuse([thought, plain], weights=weights, width=self.width)]
+            tokens = [float(np.mean([len(ids) for ids in own])) for own in thinking.thoughts]
+            more["thought_tokens"] = tokens
         columns: dict[str, list[float]] = {}
-        for mode, ranking in zip(MODES, (plain, thought, fused), strict=True):
+        targets_E = self.examples.targets_E[list(mine)]
+        for mode, ranking in zip(MODES, rankings, strict=False):
             found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(5, 10))
             columns |= {f"{mode}{name}": found[name].tolist() for name in METRICS}
-        tokens = [float(np.mean([len(ids) for ids in own])) for own in thinking.thoughts]
-        return columns | {"thought_tokens": tokens}
+        return columns | more
 
 
 class ValidatedTrainer(Trainer):
     """A TRL trainer whose evaluation is a ranking; comes before TRL's class in the bases.
 
     Set `validation` before the first evaluation.
+
+    Attributes:
+        evaluation_seconds: time that evaluations took.
     """
 
     validation: Validation
+    evaluation_seconds = 0.0
 
     def evaluate(
         self,
@@ -100,8 +110,10 @@ class ValidatedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rank the catalogue for the validation users, with thinking and without."""
+        """Rank the catalogue for the validation users, history excluded."""
+        start = time.perf_counter()
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.rank_valid().items()}
+        self.evaluation_seconds += time.perf_counter() - start
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -110,11 +122,14 @@ class ValidatedTrainer(Trainer):
 
     def rank_valid(self) -> dict[str, float]:
         """Mean validation metrics; each process ranks its share of the users."""
-        model = plain_model(self.model).to(self.args.device)
+        model = self._whole_model().to(self.args.device)
         was_training = model.training
         model.eval()
         mine = range(self.args.process_index, len(self.validation.examples), self.args.world_size)
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+        with (
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
+            torch.compiler.set_stance("force_eager"),  # prompts and beams have shapes of their own
+        ):
             columns = self.validation.columns(
                 model, mine, progress=self.accelerator.is_main_process
             )
@@ -136,6 +151,9 @@ class ValidatedTrainer(Trainer):
             self.accelerator.wait_for_everyone()
         return json.loads(file.read_text(encoding="utf-8"))
 
+    def _whole_model(self) -> PreTrainedModel:
+        return plain_model(self.model)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # PEFT would add the whole embedding, since its size differs from the backbone's.
         model = self.accelerator.unwrap_model(self.model)
@@ -147,4 +165,8 @@ class ValidatedTrainer(Trainer):
             model.save_pretrained = save  # type: ignore[method-assign]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        # Under FSDP the folder is made after Trainer looks whether the best checkpoint is there,
+        # so that a best one would be missed, on some processes only.
+        name = f"checkpoint-{self.state.global_step}"
+        Path(self.args.output_dir, name).mkdir(parents=True, exist_ok=True)
         Trainer._save_checkpoint(self, model, trial)  # TRL's would write a model card each time
