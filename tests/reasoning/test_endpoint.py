@@ -15,7 +15,7 @@ from whyrec.reasoning.asking import AnswerLog, Step, question, tidy
 from whyrec.reasoning.endpoint import EndpointReport, EndpointSettings, write_with_endpoint
 
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
-STEPS = [Step(user, 3, [0, 2, 5], user % 8) for user in range(20)]
+STEPS = [Step(user, 3, [0, 2, 5], user % 8, []) for user in range(20)]
 
 
 def completion(text: object, *, finish: str = "stop", tokens: int = 10) -> Answer:
@@ -116,7 +116,7 @@ def test_the_question_shows_pruned_history_and_target() -> None:
 
 def test_braces_in_titles_are_only_text() -> None:
     items = [SHOP[0], SHOP[1].__class__("x", "{target} {0} %s", "", ())]
-    step = Step(0, 1, [1], 0)
+    step = Step(0, 1, [1], 0, [])
     asked = question(step, items, vectors_ND=vectors_of(items), words=9)
     assert "{target} {0} %s" in asked.messages()[1]["content"]
 

@@ -12,7 +12,7 @@ from whyrec.reasoning.asking import AnswerLog, Step
 from whyrec.reasoning.own import own_writer, write_own
 from whyrec.reasoning.pruning import read_vectors
 
-STEPS = [Step(user, 3, [user, user + 1, user + 2], user + 3) for user in range(7)]
+STEPS = [Step(user, 3, [user, user + 1, user + 2], user + 3, []) for user in range(7)]
 
 
 @pytest.fixture(scope="module")

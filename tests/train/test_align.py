@@ -75,7 +75,7 @@ def copy_run(prepared_run: Path, folder: Path) -> Path:
 def aligned(prepared_run, backbone, tmp_path_factory):
     """A finished small run and its recipe; not to be changed."""
     run = copy_run(prepared_run, tmp_path_factory.mktemp("aligned") / "run")
-    recipe = make_recipe(backbone)
+    recipe = make_recipe(backbone, average=0.5, note_events=4, neighbours=2, text_tokens=4)
     align(run, recipe)
     return run, recipe
 

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NUM_ITEMS, Extended
+from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.withheld import withheld
-from whyrec.prompting.encoder import IGNORED, item_text
+from whyrec.prompting.encoder import IGNORED, PromptEncoder, item_text
+from whyrec.prompting.notes import Notes
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 
@@ -278,3 +280,41 @@ def test_text_of_withheld_items_is_never_shown(extended: Extended) -> None:
     assert set(told) == set(range(NUM_ITEMS)) - hidden
     shown = [item for sequence in mix.sequences for item in sequence.tolist()]
     assert hidden & set(shown)
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(2, 12), drop=st.sampled_from([0.0, 0.5]), text_tokens=st.integers(0, 3))
+def test_notes_are_shown_and_never_trained(
+    extended: Extended, length: int, drop: float, text_tokens: int
+) -> None:
+    sequences = [np.arange(length, dtype=np.int32), *extended.dataset.training_sequences()]
+    visits = CoVisits.count(sequences, num_items=NUM_ITEMS)
+    texts = [item_text(item) for item in extended.dataset.items]
+    noted = PromptEncoder(
+        extended.tokenizer,
+        vocabulary=extended.vocabulary,
+        codes_NL=extended.codes_NL.tolist(),
+        notes=Notes(3, 2, visits, text_tokens, texts),
+    )
+    mixes = [
+        AlignmentMix(
+            encoder,
+            items=extended.dataset.items,
+            sequences=sequences[:1],
+            replies=[],
+            sizes=MixSizes(0.0, 0.0, 8, drop, 0.0),
+            epochs=2,
+            seed=0,
+        )
+        for encoder in (extended.encoder, noted)
+    ]
+    assert len(mixes[0]) == len(mixes[1])
+    for index in range(len(mixes[0])):
+        plain, example = mixes[0][index], mixes[1][index]
+        assert wanted(example) == wanted(plain)  # the same events, whatever else is shown
+        assert len(example["input_ids"]) <= mixes[1].length(index)
+        begin, first = extended.vocabulary.begin, extended.vocabulary.first
+        for place, label in enumerate(example["labels"]):
+            starts = first <= label < first + extended.vocabulary.level_sizes[0]
+            # Every event, the next one too, is predicted in the same place: after the bracket.
+            assert not starts or example["input_ids"][place - 1] == begin

@@ -77,7 +77,7 @@ def test_a_group_is_what_one_thought_and_one_beam_at_a_time_give(extended: Exten
 def test_a_target_that_comes_again_may_be_found(extended: Extended) -> None:
     roller = make_roller(extended, width=30)
     roller.sequences = [np.array([3, 4, 5, 4])]
-    roller.steps = [Step(0, 3, [3, 4, 5], 4)]
+    roller.steps = [Step(0, 3, [3, 4, 5], 4, [])]
     (group,) = roller.groups(extended.model, [0], seed=0)
     for items in group.items_GW.tolist():
         assert 4 in items and 3 not in items and 5 not in items

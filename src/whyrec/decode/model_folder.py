@@ -8,6 +8,7 @@ and `whyrec.json`.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.load import load_backbone
+from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.dataset import Item, read_items
 from whyrec.decode.think import ThoughtSettings
-from whyrec.prompting.encoder import PromptEncoder
+from whyrec.prompting.encoder import PromptEncoder, item_text
+from whyrec.prompting.notes import Notes
 from whyrec.prompting.templates import template_file
 from whyrec.sid.index import read_sids
 from whyrec.sid.trie import Trie
@@ -35,6 +38,7 @@ CATALOGUE_FILES = (
     "trie.safetensors",
     "embeddings.safetensors",
 )
+COVISITS_FILE = "covisits.parquet"
 TEMPLATES = ("recommend", "rationale")
 
 
@@ -49,6 +53,9 @@ class Settings:
         max_history: items of a history that the prompt holds at most.
         thoughts: how the model thinks; None where it has not learnt to.
         withheld: share of the items whose text alignment never showed.
+        note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
+        neighbours: neighbours in a note at most.
+        text_tokens: tokens of the event's text in a note at most.
     """
 
     stage: str
@@ -57,6 +64,30 @@ class Settings:
     max_history: int
     thoughts: ThoughtSettings | None = None
     withheld: float = 0.0
+    note_events: int = 0
+    neighbours: int = 0
+    text_tokens: int = 0
+
+    def notes(self, items: Sequence[Item], *, visits: Path) -> Notes | None:
+        """The notes of this model's prompts; None where it has none.
+
+        Args:
+            items: the catalogue.
+            visits: the catalogue's `covisits.parquet`.
+        """
+        if not self.note_events or not (self.neighbours or self.text_tokens):
+            return None
+        ids = [item.item_id for item in items]
+        return Notes(
+            self.note_events,
+            self.neighbours,
+            CoVisits.load(visits, item_ids=ids) if self.neighbours else None,
+            self.text_tokens,
+            [
+                item_text(item) if item.title or item.categories or item.brand else ""
+                for item in items
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +119,8 @@ def save_model_folder(
     tokenizer.save_pretrained(folder)
     name_weights(folder)
     shutil.copyfile(dataset_folder / "items.parquet", folder / "items.parquet")
-    for name in CATALOGUE_FILES:
+    noted = [COVISITS_FILE] if settings.neighbours else []
+    for name in [*CATALOGUE_FILES, *noted]:
         shutil.copyfile(sids_folder / name, folder / name)
     (folder / "prompts").mkdir(exist_ok=True)
     for name in TEMPLATES:
@@ -136,7 +168,9 @@ def load_model_folder(
         )
     model, tokenizer = load_backbone(str(folder), dtype=dtype)
     vocabulary = SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes)
-    encoder = folder_encoder(folder, tokenizer, vocabulary=vocabulary, codes_NL=codes_NL)
+    encoder = folder_encoder(
+        folder, tokenizer, vocabulary=vocabulary, items=items, codes_NL=codes_NL
+    )
     model = model.to(device).eval()  # type: ignore[arg-type]
     return ModelFolder(settings, model, tokenizer, items, codes_NL, trie, vocabulary, encoder)
 
@@ -146,15 +180,18 @@ def folder_encoder(
     tokenizer: PreTrainedTokenizerBase,
     *,
     vocabulary: SidVocabulary,
+    items: Sequence[Item],
     codes_NL: Tensor,
 ) -> PromptEncoder:
     """The prompts of a model folder, in its own words, for items of these SIDs."""
+    settings = read_settings(folder)
     return PromptEncoder(
         tokenizer,
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         template_folder=folder / "prompts",
-        thinks=read_settings(folder).thoughts is not None,
+        thinks=settings.thoughts is not None,
+        notes=settings.notes(items, visits=folder / COVISITS_FILE),
     )
 
 

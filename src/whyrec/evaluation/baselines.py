@@ -19,6 +19,7 @@ import torch
 from scipy import sparse
 from tqdm import tqdm
 
+from whyrec.catalog.covisits import BACKWARD, WINDOW, event_counts, pair_counts
 from whyrec.catalog.dataset import Dataset, Examples
 
 # histories (int32 item indices, oldest first) → scores_BN over all items, higher is better
@@ -84,7 +85,7 @@ def top_items(scores_BN: np.ndarray, *, k: int) -> np.ndarray:
 
 def popularity(dataset: Dataset) -> ScoreFn:
     """Score every item by its number of training events, whoever asks."""
-    counts_N = _training_counts(dataset)
+    counts_N = event_counts(dataset.training_sequences(), num_items=len(dataset.items))
 
     def score(histories: Sequence[np.ndarray]) -> np.ndarray:
         return np.broadcast_to(counts_N, (len(histories), len(counts_N)))
@@ -95,8 +96,8 @@ def popularity(dataset: Dataset) -> ScoreFn:
 def co_visitation(
     dataset: Dataset,
     *,
-    window: int = 5,
-    backward: float = 0.5,
+    window: int = WINDOW,
+    backward: float = BACKWARD,
     decay: float = 0.7,
     last: int = 10,
 ) -> ScoreFn:
@@ -109,9 +110,9 @@ def co_visitation(
         decay: weight of a history item against the next newer one.
         last: how many of the newest history items are looked at.
     """
-    counts_N = _training_counts(dataset)
-    num_items = len(counts_N)
-    neighbours_NN = _neighbours(dataset, window=window, backward=backward)
+    sequences, num_items = dataset.training_sequences(), len(dataset.items)
+    counts_N = event_counts(sequences, num_items=num_items)
+    neighbours_NN = pair_counts(sequences, num_items=num_items, window=window, backward=backward)
     per_root_N = 1.0 / np.sqrt(counts_N + 1)  # + 1: an item seen once or twice is no safe bet
     table_NN = (neighbours_NN @ sparse.diags_array(per_root_N)).tocsr()
 
@@ -124,24 +125,3 @@ def co_visitation(
         return (history_BN @ table_NN).toarray()
 
     return score
-
-
-def _training_counts(dataset: Dataset) -> np.ndarray:
-    events = np.concatenate([np.empty(0, np.int32), *dataset.training_sequences()])
-    return np.bincount(events, minlength=len(dataset.items)).astype(np.float64)
-
-
-def _neighbours(dataset: Dataset, *, window: int, backward: float) -> sparse.csr_array:
-    """C[i, j]: the summed weight of the times that j stood near i."""
-    sequences = dataset.training_sequences()
-    events_P = np.concatenate([np.empty(0, np.int32), *sequences])
-    users_P = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
-    shape = (len(dataset.items), len(dataset.items))
-    total = sparse.csr_array(shape)
-    for distance in range(1, window + 1):
-        same_user = users_P[distance:] == users_P[:-distance]
-        before, after = events_P[:-distance][same_user], events_P[distance:][same_user]
-        weights = np.full(len(before), 1.0 / distance)
-        forward_NN = sparse.csr_array((weights, (before, after)), shape=shape)
-        total = total + forward_NN + backward * forward_NN.T
-    return total.tocsr()

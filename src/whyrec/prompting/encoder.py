@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from whyrec.catalog.dataset import Item
+from whyrec.prompting.notes import Notes
 from whyrec.prompting.templates import load_templates
 from whyrec.sid.vocabulary import SidVocabulary
 
@@ -55,6 +57,7 @@ class PromptEncoder:
         template_folder: a model folder's own templates; the packaged ones when None.
         thinks: the model has learnt to think before it recommends, and to do without a thought
             that is closed at once.
+        notes: what is said of a history's newest events beside their SIDs; None for SIDs alone.
     """
 
     def __init__(
@@ -65,15 +68,18 @@ class PromptEncoder:
         codes_NL: Sequence[Sequence[int]],
         template_folder: Path | None = None,
         thinks: bool = False,
+        notes: Notes | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.thinks = thinks
+        self.notes = notes
         self.recommend = load_templates("recommend", template_folder)
         self._item_ids = [vocabulary.encode(codes) for codes in codes_NL]
         self._plain = _without_added_tokens(tokenizer)
         self.frame = lru_cache(maxsize=None)(self._frame)
         self.control = lru_cache(maxsize=None)(self._control)
+        self._note = lru_cache(maxsize=1 << 16)(self._note_text)
 
     def text(self, text: str) -> list[int]:
         """Encode somebody else's words: never gives a control token."""
@@ -91,9 +97,46 @@ class PromptEncoder:
         """An item's SID in its brackets, as replies and sentences hold it."""
         return [self.vocabulary.begin, *self._item_ids[item], self.vocabulary.end]
 
-    def history(self, items: Sequence[int]) -> list[int]:
-        """SIDs of a history, oldest first, one after the other."""
-        return [token for item in items for token in self._item_ids[item]]
+    def history(
+        self, items: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
+    ) -> list[int]:
+        """A history as a prompt holds it, oldest first: SIDs, and notes where there are any."""
+        return [token for ids, _ in self.history_parts(items, own=own) for token in ids]
+
+    def history_parts(
+        self, items: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
+    ) -> list[tuple[list[int], bool]]:
+        """The pieces of a history, and whether each is an event's own SID.
+
+        Args:
+            items: item indices, oldest first.
+            own: the user's training sequence, when an item of it is still to be predicted: what
+                only this user did must not stand in the notes.
+        """
+        if self.notes is None:
+            return [(self._item_ids[item], True) for item in items]
+        begin, parts = [self.vocabulary.begin], list[tuple[list[int], bool]]()
+        near = self.notes.near(items, own)
+        silent = len(items) - len(near)
+        for place, item in enumerate(items):
+            parts += [(begin, False), (self._item_ids[item], True)]
+            if place >= silent:
+                note = [token for other in near[place - silent] for token in self._item_ids[other]]
+                parts.append((note + self._note(item), False))
+        return parts
+
+    def history_tokens(self, num_items: int) -> int:
+        """Tokens of a history of so many items at most."""
+        levels = self.vocabulary.num_levels
+        if self.notes is None:
+            return levels * num_items
+        note = levels * self.notes.neighbours + self.notes.text_tokens
+        return (levels + 1) * num_items + note * min(num_items, self.notes.events)
+
+    def _note_text(self, item: int) -> list[int]:
+        notes = self.notes
+        assert notes is not None
+        return self.text(notes.text(item))[: notes.text_tokens] if notes.text(item) else []
 
     def render(self, template: str, **slots: Sequence[int]) -> list[list[int]]:
         """Fill a template's `{slots}` with token ids; the pieces in order, literals included."""
@@ -117,9 +160,16 @@ class PromptEncoder:
             return self.answer_prompt(history)
         return [*self._question(history), self.vocabulary.begin]
 
-    def thinking_prompt(self, history: Sequence[int]) -> list[int]:
-        """The prompt that a thought is sampled after: it ends in `<think>`."""
-        return [*self._question(history), self.vocabulary.think_begin]
+    def thinking_prompt(
+        self, history: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
+    ) -> list[int]:
+        """The prompt that a thought is sampled after: it ends in `<think>`.
+
+        Args:
+            history: item indices, oldest first.
+            own: as for `history_parts`, in training.
+        """
+        return [*self._question(history, own=own), self.vocabulary.think_begin]
 
     def answer_prompt(self, history: Sequence[int], thought: Sequence[int] = ()) -> list[int]:
         """The prompt that a beam starts from: `… <think>THOUGHT</think><|sid_begin|>`.
@@ -131,10 +181,12 @@ class PromptEncoder:
         closing = [self.vocabulary.think_end, self.vocabulary.begin]
         return [*self.thinking_prompt(history), *thought, *closing]
 
-    def _question(self, history: Sequence[int]) -> list[int]:
+    def _question(
+        self, history: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
+    ) -> list[int]:
         """The history and the question, up to where the reply begins."""
         frame = self.frame(self.recommend["system"])
-        question = self.render(self.recommend["user"], history=self.history(history))
+        question = self.render(self.recommend["user"], history=self.history(history, own=own))
         return [
             *frame.before_user,
             *(token for piece in question for token in piece),

@@ -30,12 +30,14 @@ class Step:
         user, position: of the event; the key of what is written.
         history: item indices as the prompt shows them, oldest first.
         target: the item that followed.
+        own: the user's whole training sequence, whose pairs no note of the prompt may tell of.
     """
 
     user: int
     position: int
     history: Sequence[int]
     target: int
+    own: Sequence[int]
 
     @property
     def key(self) -> Key:

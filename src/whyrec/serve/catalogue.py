@@ -81,9 +81,12 @@ class Catalogue:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
         codes_NL = torch.cat([codes_NL, retired_codes_NL])
         vocabulary = SidVocabulary.bind(tokenizer, level_sizes=settings.level_sizes)
-        encoder = folder_encoder(folder, tokenizer, vocabulary=vocabulary, codes_NL=codes_NL)
+        everything = [*items, *retired]
+        encoder = folder_encoder(
+            folder, tokenizer, vocabulary=vocabulary, items=everything, codes_NL=codes_NL
+        )
         return cls(
-            [*items, *retired],
+            everything,
             codes_NL=codes_NL,
             num_live=len(items),
             encoder=encoder,

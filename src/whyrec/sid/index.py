@@ -4,6 +4,7 @@
     training events  ->  collaborative vector of length 1, optional              (collaborative.py)
     text ⊕ weight × collaborative  ->  codebooks                                 (quantizers.py)
     nearest codes, made unique  ->  sids.parquet, trie.safetensors               (assign.py)
+    training events  ->  who is chosen near whom, covisits.parquet               (covisits.py)
 
     whyrec index --run runs/ml-100k [--recipe recipes/ml-100k/index.yaml] [--set key=value …]
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.dataset import Dataset, Item, write_table
 from whyrec.recipe import recipe_config
 from whyrec.sid.assign import LastLevel, assign_new, assign_unique, check_room
@@ -215,6 +217,8 @@ def _build(
     quantizer.save(folder / "codebooks.safetensors")
     write_sids(folder / "sids.parquet", item_ids, codes_NL)
     Trie.build(codes_NL, level_sizes=quantizer.level_sizes).save(folder / "trie.safetensors")
+    visits = CoVisits.count(dataset.training_sequences(), num_items=len(item_ids))
+    visits.save(folder / "covisits.parquet", item_ids=item_ids)
     write_json(folder / "report.json", report)
     return report
 

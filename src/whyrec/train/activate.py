@@ -21,7 +21,7 @@ from torch import nn
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Dataset
 from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.model_folder import Settings, read_settings
+from whyrec.decode.model_folder import COVISITS_FILE, Settings, read_settings
 from whyrec.decode.think import Thinker
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
@@ -99,11 +99,18 @@ def _build(
     )
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
     encoder = PromptEncoder(
-        tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist(), thinks=True
+        tokenizer,
+        vocabulary=vocabulary,
+        codes_NL=codes_NL.tolist(),
+        thinks=True,
+        notes=aligned.notes(dataset.items, visits=run / "sids" / COVISITS_FILE),
     )
     check_context(
         plain_model(adapted),
-        longest=len(encoder.answer_prompt([0] * aligned.max_history)) + recipe.thought_tokens + 16,
+        longest=len(encoder.answer_prompt([]))
+        + encoder.history_tokens(aligned.max_history)
+        + recipe.thought_tokens
+        + 16,
         max_history=aligned.max_history,
         thought=recipe.thought_tokens,
     )

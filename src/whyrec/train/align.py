@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import add_lora, load_adapter
-from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import Settings
+from whyrec.catalog.dataset import Dataset, Item
+from whyrec.catalog.withheld import withheld
+from whyrec.decode.model_folder import COVISITS_FILE, Settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import load_templates, template_file
 from whyrec.recipe import recipe_config
@@ -110,7 +111,28 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     vocabulary = extend_vocabulary(
         model, tokenizer, level_sizes=trie.level_sizes, codebooks=codebooks, seed=recipe.seed
     )
-    encoder = PromptEncoder(tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist())
+    made = Settings(
+        "aligned",
+        recipe.backbone,
+        list(trie.level_sizes),
+        recipe.max_history,
+        withheld=recipe.withheld,
+        note_events=recipe.note_events,
+        neighbours=recipe.neighbours,
+        text_tokens=recipe.text_tokens,
+    )
+    # Notes in training know nothing of withheld texts, either.
+    silent_N = withheld(dataset.items, share=recipe.withheld)
+    told = [
+        Item(item.item_id) if silent else item
+        for item, silent in zip(dataset.items, silent_N, strict=True)
+    ]
+    encoder = PromptEncoder(
+        tokenizer,
+        vocabulary=vocabulary,
+        codes_NL=codes_NL.tolist(),
+        notes=made.notes(told, visits=run / "sids" / COVISITS_FILE),
+    )
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = _adapted(model, recipe, token_ids=token_ids)
@@ -167,6 +189,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             sid_loss=sid_loss,
             validation=validation,
             compiled=recipe.compile,
+            average=recipe.average if phase == "mix" else 0.0,
         )
 
     if recipe.warmup_epochs and not recipe.checkpoint:
@@ -180,24 +203,18 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         )
     summary = _train_mix(adapted, trainer, recipe, folder)
     if state.is_main_process:
-        made = Settings(
-            "aligned",
-            recipe.backbone,
-            list(trie.level_sizes),
-            recipe.max_history,
-            withheld=recipe.withheld,
-        )
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
     return summary
 
 
 def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:
-    longest = len(encoder.recommendation_prompt([0] * recipe.max_history)) + 16
+    longest = len(encoder.recommendation_prompt([])) + encoder.history_tokens(recipe.max_history)
+    longest += 16
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
         raise ValueError(
             f"max_history {recipe.max_history} makes prompts of {longest} tokens, but "
-            f"{recipe.backbone} reads {limit}; lower max_history in the recipe"
+            f"{recipe.backbone} reads {limit}; lower max_history or note_events in the recipe"
         )
 
 

@@ -15,12 +15,16 @@ class AlignRecipe:
         lora_alpha: scale of the LoRA update, divided by √rank.
         lora_dropout: dropout on the adapters' inputs.
         max_history: items of a history that a prompt holds at most.
+        note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
+        neighbours: items that other users chose near such an event, in its note, at most.
+        text_tokens: tokens of such an event's text, in its note, at most.
         warmup_epochs: epochs of the token warm-up.
         warmup_lr: its learning rate.
         epochs: of the multi-task mix.
         max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
         lr: learning rate of the mix (cosine schedule).
         weight_decay: of AdamW.
+        average: decay per step of the weights' average, which is validated and kept; 0 for none.
         batch_tokens: tokens of an optimizer step, over all processes.
         micro_batch_tokens: tokens of a forward pass of one process at most.
         compile: compile the model's blocks; on a GPU only.
@@ -48,12 +52,16 @@ class AlignRecipe:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
     max_history: int = 50
+    note_events: int = 10
+    neighbours: int = 0
+    text_tokens: int = 0
     warmup_epochs: int = 1
     warmup_lr: float = 5e-3
     epochs: int = 10
     max_steps: int = 0
     lr: float = 1e-3
     weight_decay: float = 0.01
+    average: float = 0.0
     batch_tokens: int = 8192
     micro_batch_tokens: int = 32768
     compile: bool = True

@@ -62,7 +62,8 @@ class ReplyCollator:
         vocabulary = self.encoder.vocabulary
         for place, row in enumerate(rows):
             preference = self.preferences[row["index"]]
-            prompt = self.encoder.thinking_prompt(self.steps[preference.step].history)
+            step = self.steps[preference.step]
+            prompt = self.encoder.thinking_prompt(step.history, own=step.own)
             replies = [preference.chosen, *preference.rejected]
             for words, item in zip(
                 replies, [preference.chosen_item, *preference.rejected_items], strict=True

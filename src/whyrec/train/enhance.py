@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import Settings, load_model_folder, read_settings
+from whyrec.decode.model_folder import COVISITS_FILE, Settings, load_model_folder, read_settings
 from whyrec.decode.think import ThoughtSettings, text_tokens
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
@@ -145,13 +145,17 @@ def _parts(run: Path, recipe: EnhanceRecipe, activated: Settings) -> _Parts:
     model.to(processes().device)
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
     encoder = PromptEncoder(
-        tokenizer, vocabulary=vocabulary, codes_NL=codes_NL.tolist(), thinks=True
+        tokenizer,
+        vocabulary=vocabulary,
+        codes_NL=codes_NL.tolist(),
+        thinks=True,
+        notes=activated.notes(dataset.items, visits=run / "sids" / COVISITS_FILE),
     )
     thoughts = _thoughts(recipe, activated)
-    prompt = encoder.answer_prompt([0] * activated.max_history)
+    prompt = len(encoder.answer_prompt([])) + encoder.history_tokens(activated.max_history)
     check_context(
         plain_model(model),
-        longest=len(prompt) + thoughts.max_tokens + vocabulary.num_levels,
+        longest=prompt + thoughts.max_tokens + vocabulary.num_levels,
         max_history=activated.max_history,
         thought=thoughts.max_tokens,
     )

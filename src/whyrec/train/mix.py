@@ -103,7 +103,7 @@ class AlignmentMix:
         task, subject, _ = self._plan[index]
         rng = self._rng(index)
         if task == "sequence":
-            example = self._sequence(self._window(index))
+            example = self._sequence(self._window(index), own=self.sequences[subject])
         elif task == "persona":
             example = self._persona(self._stories[subject], rng)
         elif task == "replay":
@@ -115,14 +115,16 @@ class AlignmentMix:
     def length(self, index: int) -> int:
         """At most how many tokens an example has, without rendering it.
 
-        Exact for sequences and replays; for the rest the longest paraphrase is reckoned with.
+        Exact for replays and, without notes, for sequences; for the rest the longest paraphrase
+        and notes of full length are reckoned with.
         """
         task, subject, _ = self._plan[index]
         levels = self.encoder.vocabulary.num_levels
         if task == "replay":
             return len(self._replay(*self.replies[subject]).input_ids)
         if task == "sequence":
-            return self._frame_tokens[task] + levels * len(self._window(index))
+            window = self._window(index)
+            return self._frame_tokens[task] + self.encoder.history_tokens(len(window) - 1) + levels
         if task == "persona":
             events = self._persona_events(self._stories[subject], self._rng(index))
             return self._frame_tokens[task] + sum(self._event_tokens(item) for item in events)
@@ -131,7 +133,8 @@ class AlignmentMix:
     def _frames(self) -> dict[str, int]:
         """By task, tokens of an example besides its items and their texts, at most."""
         encoder, nothing = self.encoder, np.zeros(2, dtype=np.int32)
-        frames = {"sequence": len(self._sequence(nothing).input_ids) - 2 * len(encoder.item(0))}
+        items = len(encoder.history(nothing[:1].tolist(), own=nothing)) + len(encoder.item(0))
+        frames = {"sequence": len(self._sequence(nothing, own=nothing).input_ids) - items}
         for task in ("caption", "lookup", "persona"):
             empty: dict[str, list[int]] = {"sid": [], "text": [], "events": []}
             questions = range(len(self._align[f"{task}_user"]))
@@ -189,13 +192,16 @@ class AlignmentMix:
         )
         return window[np.argsort(places, kind="stable")]
 
-    def _sequence(self, window: np.ndarray) -> Example:
+    def _sequence(self, window: np.ndarray, *, own: np.ndarray) -> Example:
         encoder, recommend = self.encoder, self.encoder.recommend
         frame = encoder.frame(recommend["system"])
         example = Example().add(frame.before_user, trained=False)
-        history = encoder.history(window[:-1].tolist())
+        parts = encoder.history_parts(window[:-1].tolist(), own=own)
+        history = [token for ids, _ in parts for token in ids]
         for piece in encoder.render(recommend["user"], history=history):
-            example.add(piece, trained=piece == history)
+            pieces = parts if piece == history else [(piece, False)]
+            for ids, is_event in pieces:
+                example.add(ids, trained=is_event)
         reply = encoder.sid(int(window[-1]))
         example.add(frame.before_reply, trained=False)
         example.add(reply[:1], trained=False)  # the recommender opens the SID itself

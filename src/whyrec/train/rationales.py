@@ -105,10 +105,11 @@ def training_steps(dataset: Dataset, *, steps_per_user: int, max_history: int) -
     """
     steps = []
     for user, sequence in enumerate(dataset.training_sequences()):
+        own = sequence.tolist()
         first = max(1, len(sequence) - steps_per_user) if steps_per_user else 1
         for position in range(first, len(sequence)):
             history = sequence[max(0, position - max_history) : position].tolist()
-            steps.append(Step(user, position, history, int(sequence[position])))
+            steps.append(Step(user, position, history, int(sequence[position]), own))
     return steps
 
 

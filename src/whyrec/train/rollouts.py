@@ -199,7 +199,8 @@ class Roller:
         thinker = Thinker(
             BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.trie), self.encoder
         )
-        prompts = [self.encoder.thinking_prompt(self.steps[n].history) for n in chosen]
+        steps = [self.steps[n] for n in chosen]
+        prompts = [self.encoder.thinking_prompt(step.history, own=step.own) for step in steps]
         order = sorted(range(len(chosen)), key=lambda place: -len(prompts[place]))
         many = max(self.settings.rows // self.settings.samples, 1)
         found: dict[int, Group] = {}

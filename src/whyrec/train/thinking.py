@@ -67,7 +67,7 @@ class ThinkingMix:
         user, position = self.keys[index % len(self.keys)]
         sequence = self.sequences[user]
         history = sequence[max(0, position - self.max_history) : position].tolist()
-        example = Example().add(encoder.thinking_prompt(history), trained=False)
+        example = Example().add(encoder.thinking_prompt(history, own=sequence), trained=False)
         example.add(thought, trained=True)
         example.add([encoder.vocabulary.think_end], trained=bool(thought))
         example.add([encoder.vocabulary.begin], trained=False)  # the recommender opens the SID
@@ -75,11 +75,11 @@ class ThinkingMix:
         return {"input_ids": example.input_ids, "labels": example.labels}
 
     def length(self, index: int) -> int:
-        """Tokens of an example, without rendering it."""
+        """Tokens of an example, without rendering it; notes are reckoned with at full length."""
         _, position = self.keys[index % len(self.keys)]
-        items = min(position, self.max_history) + 1
-        levels = self.encoder.vocabulary.num_levels
-        return self._frame_tokens + items * levels + len(self._thought(index))
+        history = self.encoder.history_tokens(min(position, self.max_history))
+        item = self.encoder.vocabulary.num_levels
+        return self._frame_tokens + history + item + len(self._thought(index))
 
     def tasks(self) -> dict[str, int]:
         """Number of examples with a thought and without, over all epochs."""

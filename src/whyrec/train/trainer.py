@@ -3,7 +3,9 @@
 import copy
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from whyrec.backbone.lora import plain_model
 from whyrec.backbone.packed_blocks import PackedBlocks
+from whyrec.train.averaging import WeightAverage
 from whyrec.train.loss import SidLoss, attach_sid_loss
 from whyrec.train.packing import Mix, PackedOrder, Row, pack
 from whyrec.train.validation import ValidatedTrainer, Validation
@@ -36,6 +39,7 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         sid_loss: how the loss is taken.
         validation: who is ranked for in evaluations, and how.
         compiled: compile the model's blocks, on a GPU.
+        average: decay of the weights' average, which is validated and kept; 0 for none.
 
     Attributes:
         trained_tokens: tokens trained on so far by this process and the others, no padding.
@@ -51,6 +55,7 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         sid_loss: SidLoss,
         validation: Validation,
         compiled: bool = False,
+        average: float = 0.0,
     ) -> None:
         # FSDP2 shards a model in place. A copy is sharded instead: `model`, the caller's, stays
         # whole for ranking and saving, and has the trained weights after every `train`.
@@ -61,6 +66,8 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
                     "FSDP cannot shard LoRA's trainable token rows; set lora_rank: 0, or launch "
                     "with recipes/accelerate/gpus.yaml, which keeps the weights whole"
                 )
+            if average:
+                raise ValueError("FSDP shards the weights, which are not averaged; set average: 0")
             model = copy.deepcopy(model.to("cpu"))
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         tokenizer = validation.encoder.tokenizer
@@ -92,6 +99,9 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         self.blocks = PackedBlocks(
             plain_model(self.model), longest=order.longest, graphs=compiled and alone
         )
+        self.average = WeightAverage(self.model, decay=average) if average else None
+        if self.average is not None:
+            self.add_callback(self.average)
         attach_sid_loss(plain_model(self.model), sid_loss, blocks=self.blocks)
         if compiled:
             _compile_blocks(plain_model(self.model))
@@ -130,7 +140,8 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
     def rank_valid(self) -> dict[str, float]:
         """Mean validation metrics; each process ranks its share of the users."""
         self._gather()
-        found = super().rank_valid()
+        with self.average.in_place() if self.average is not None else nullcontext():
+            found = super().rank_valid()
         if launched_with_fsdp():
             self._whole_model().to("cpu")  # a whole model beside its shards would fill the GPU
         return found
@@ -138,11 +149,25 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
     def _whole_model(self) -> PreTrainedModel:
         return plain_model(self.whole)
 
-    def train(self, *arguments: object, **settings: object) -> TrainOutput:
-        result = super().train(*arguments, **settings)
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        if self.average is not None and resume_from_checkpoint:
+            self.average.resume(Path(resume_from_checkpoint))
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint)
         self.blocks.release()
         self._gather()
         return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        # First: a checkpoint counts as whole once its last file, the trainer's state, is there.
+        if self.average is not None and self.accelerator.is_main_process:
+            self.average.save(self.checkpoint_folder())
+        super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.resume(Path(self.state.best_model_checkpoint))
+            self.average.adopt()
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -164,9 +164,14 @@ class ValidatedTrainer(Trainer):
         if isinstance(model, PeftModel):
             model.save_pretrained = save  # type: ignore[method-assign]
 
+    def checkpoint_folder(self) -> Path:
+        """The folder of a checkpoint of this step, made if it is not there."""
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         # Under FSDP the folder is made after Trainer looks whether the best checkpoint is there,
         # so that a best one would be missed, on some processes only.
-        name = f"checkpoint-{self.state.global_step}"
-        Path(self.args.output_dir, name).mkdir(parents=True, exist_ok=True)
+        self.checkpoint_folder()
         Trainer._save_checkpoint(self, model, trial)  # TRL's would write a model card each time

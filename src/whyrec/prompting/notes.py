@@ -1,0 +1,48 @@
+"""What a prompt may say of a history's newest events beside their SIDs.
+
+*Neighbours* are the items that other users chose near an event (`catalog/covisits.py`), as SIDs:
+counts know exact pairs that a small model cannot keep in its weights, and a language model is good
+at picking up what stands before it. *Text* is the beginning of what the catalogue says of the
+event. The log and the catalogue are all they are made of, at training time as at serving time.
+
+A noted history is written `<|sid_begin|>EVENT NEIGHBOURS TEXT<|sid_begin|>EVENT …`, so that every
+event of it is predicted after `<|sid_begin|>`, as the next item is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from whyrec.catalog.covisits import CoVisits
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Which notes, and where they come from.
+
+    Attributes:
+        events: how many of the newest events carry notes.
+        neighbours: of an event, at most.
+        visits: where neighbours are looked up; None where there are to be none.
+        text_tokens: of an event's text, at most.
+        texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
+    """
+
+    events: int
+    neighbours: int = 0
+    visits: CoVisits | None = None
+    text_tokens: int = 0
+    texts: Sequence[str] = ()
+
+    def near(
+        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[list[int]]:
+        """The neighbours of a history's noted events, oldest first; see `CoVisits.neighbours`."""
+        if self.visits is None or not self.neighbours:
+            return [[]] * min(self.events, len(history))
+        return self.visits.neighbours(history, k=self.neighbours, own=own, last=self.events)
+
+    def text(self, item: int) -> str:
+        """What is said of an item."""
+        return self.texts[item] if self.text_tokens else ""
