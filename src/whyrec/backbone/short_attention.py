@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # PyTorch's CUDA builds bring it
 HEAD_SIZES = (64,)
 LONGEST = 1024  # tokens of a document; beyond, Flash Attention's large tiles pay
 
@@ -42,11 +43,11 @@ BACKWARD_TILE = Tile(64, 4, 1)
 def is_supported(heads: Tensor, *, longest: int) -> bool:
     """Whether the kernels can and should attend for heads [..., E] like these."""
     return (
-        heads.is_cuda
+        _HAS_TRITON
+        and heads.is_cuda
         and heads.dtype in (torch.bfloat16, torch.float16)
         and heads.shape[-1] in HEAD_SIZES
         and longest <= LONGEST
-        and importlib.util.find_spec("triton") is not None
     )
 
 
