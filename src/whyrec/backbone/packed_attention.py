@@ -57,6 +57,19 @@ def packed_attention(
         longest: no document has more tokens.
         document_bounds: int32 [2, T], of `short_attention.document_bounds`, which then may attend.
     """
+    # Rotations may have lifted queries and keys to float32 under autocast.
+    query_THE, key_TJE, value_TJE = (
+        heads.to(value_1JTE.dtype).transpose(1, 2)[0]
+        for heads in (query_1HTE, key_1JTE, value_1JTE)
+    )
+    if document_bounds is not None and is_supported(value_1JTE, longest=longest):
+        short_THE = short_attention(
+            torch.cat((query_THE, key_TJE, value_TJE), dim=1),
+            document_bounds,
+            kv_heads=key_TJE.shape[1],
+            scale=query_THE.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+        return short_THE[None], None
     if not query_1HTE.is_cuda:
         # The kernel writes no more than `longest` rows of a document: not a thing to learn there.
         assert int(document_starts.diff().max()) <= longest
@@ -73,19 +86,6 @@ def packed_attention(
             if stop > start
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2), None
-    # Rotations may have lifted queries and keys to float32 under autocast.
-    query_THE, key_TJE, value_TJE = (
-        heads.to(value_1JTE.dtype).transpose(1, 2)[0]
-        for heads in (query_1HTE, key_1JTE, value_1JTE)
-    )
-    if document_bounds is not None and is_supported(value_TJE, longest=longest):
-        short_THE = short_attention(
-            torch.cat((query_THE, key_TJE, value_TJE), dim=1),
-            document_bounds,
-            kv_heads=key_TJE.shape[1],
-            scale=query_THE.shape[-1] ** -0.5 if scaling is None else scaling,
-        )
-        return short_THE[None], None
     output_THE = varlen_attn(
         query_THE,
         key_TJE,

@@ -38,6 +38,7 @@ class Tile(NamedTuple):
 # Measured on an H100.
 FORWARD_TILE = Tile(64, 4, 1)
 BACKWARD_TILE = Tile(64, 4, 1)
+KEY_TILE: Tile | None = None  # split the backward pass: this for keys, BACKWARD_TILE for queries
 
 
 def is_supported(heads: Tensor, *, longest: int) -> bool:
@@ -119,10 +120,20 @@ def _attend_backward(
     kv_heads: int,
     scale: float,
 ) -> Tensor:
-    from whyrec.backbone.short_kernels import backward_kernel
+    from whyrec.backbone.short_kernels import (
+        backward_kernel,
+        key_gradient_kernel,
+        query_gradient_kernel,
+    )
 
     heads_TNE = heads_TNE.contiguous()
     grads_TNE = torch.empty_like(heads_TNE)
+    if KEY_TILE is not None:
+        given = (heads_TNE, cos_TE, sin_TE, bounds_2T, out_THE, lse_HT, d_out_THE, grads_TNE)
+        given = (*given, torch.empty_like(lse_HT))
+        _launch(query_gradient_kernel, BACKWARD_TILE, len(lse_HT), given, kv_heads, scale)
+        _launch(key_gradient_kernel, KEY_TILE, kv_heads, given, kv_heads, scale)
+        return grads_TNE
     _launch(
         backward_kernel,
         BACKWARD_TILE,

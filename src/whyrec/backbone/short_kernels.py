@@ -196,3 +196,88 @@ def backward_kernel(
     )  # fmt: skip
     offsets = (own_B[:, None] * N + value_head) * E + tl.arange(0, E)[None, :]
     tl.store(grads_ptr + offsets, dv.to(grads_ptr.dtype.element_ty), mask=own_B[:, None] < T)
+
+
+@triton.jit
+def query_gradient_kernel(
+    heads_ptr, cos_ptr, sin_ptr, bounds_ptr, out_ptr, lse_ptr, d_out_ptr, grads_ptr, delta_ptr,
+    T, scale,
+    H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, B: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one tile of queries of one head; leaves the products with the output behind."""
+    N: tl.constexpr = H + 2 * J
+    head = tl.program_id(0)
+    begin = tl.program_id(1) * B
+    key_head = H + head // (H // J)
+    value_head = key_head + J
+    own_B = begin + tl.arange(0, B)
+    first_B = tl.load(bounds_ptr + own_B, mask=own_B < T, other=T)
+    q_low, q_high = _load_turned(heads_ptr, cos_ptr, sin_ptr, head, own_B, T, N, E, ROTATED)
+    d_out, delta_B, lse_B = _load_outcome(out_ptr, d_out_ptr, lse_ptr, head, own_B, T, H, E)
+    tl.store(delta_ptr + head * T + own_B, delta_B, mask=own_B < T)
+    dq_low = tl.zeros((B, E // 2), tl.float32)
+    dq_high = tl.zeros((B, E // 2), tl.float32)
+    for start in range(tl.load(bounds_ptr + begin) // B * B, begin + B, B):
+        keys_B = start + tl.arange(0, B)
+        k_low, k_high = _load_turned(
+            heads_ptr, cos_ptr, sin_ptr, key_head, keys_B, T, N, E, ROTATED
+        )
+        value = _load(heads_ptr, value_head, keys_B, T, N, 0, E, E)
+        scores = _scores(q_low, q_high, k_low, k_high, own_B, keys_B, first_B, scale)
+        weights = tl.exp2(scores - lse_B[:, None])
+        d_scores = weights * (_dot(d_out, tl.trans(value)) - delta_B[:, None])
+        d_scores = d_scores.to(value.dtype)
+        dq_low = _dot(d_scores, k_low, dq_low)
+        dq_high = _dot(d_scores, k_high, dq_high)
+    _store_turned_back(
+        grads_ptr, cos_ptr, sin_ptr, head, own_B, dq_low * scale, dq_high * scale, T, N, E, ROTATED
+    )
+
+
+@triton.jit
+def key_gradient_kernel(
+    heads_ptr, cos_ptr, sin_ptr, bounds_ptr, out_ptr, lse_ptr, d_out_ptr, grads_ptr, delta_ptr,
+    T, scale,
+    H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, B: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of keys and values of one head."""
+    N: tl.constexpr = H + 2 * J
+    key_head = H + tl.program_id(0)
+    value_head = key_head + J
+    begin = tl.program_id(1) * B
+    own_B = begin + tl.arange(0, B)
+    stop = tl.load(bounds_ptr + T + tl.minimum(begin + B, T) - 1)
+    k_low, k_high = _load_turned(heads_ptr, cos_ptr, sin_ptr, key_head, own_B, T, N, E, ROTATED)
+    value = _load(heads_ptr, value_head, own_B, T, N, 0, E, E)
+    kind = value.dtype
+    dk_low = tl.zeros((B, E // 2), tl.float32)
+    dk_high = tl.zeros((B, E // 2), tl.float32)
+    dv = tl.zeros((B, E), tl.float32)
+    for member in range(H // J):
+        head = tl.program_id(0) * (H // J) + member
+        for start in range(begin, stop, B):
+            queries_B = start + tl.arange(0, B)
+            inside_B = queries_B < T
+            first_B = tl.load(bounds_ptr + queries_B, mask=inside_B, other=T)
+            q_low, q_high = _load_turned(
+                heads_ptr, cos_ptr, sin_ptr, head, queries_B, T, N, E, ROTATED
+            )
+            d_out = _load(d_out_ptr, head, queries_B, T, H, 0, E, E)
+            lse_B = tl.load(lse_ptr + head * T + queries_B, mask=inside_B, other=0.0)
+            delta_B = tl.load(delta_ptr + head * T + queries_B, mask=inside_B, other=0.0)
+            # Keys by queries: what comes out of one product goes into the next as it is.
+            scores = _dot(k_high, tl.trans(q_high), _dot(k_low, tl.trans(q_low)))
+            seen = (own_B[:, None] >= first_B[None, :]) & (own_B[:, None] <= queries_B[None, :])
+            weights = tl.exp2(scores * (scale * LOG2_E) - lse_B[None, :])
+            weights = tl.where(seen, weights, 0.0)
+            d_scores = weights * (_dot(value, tl.trans(d_out)) - delta_B[None, :])
+            d_scores = d_scores.to(kind)
+            dv = _dot(weights.to(kind), d_out, dv)
+            dk_low = _dot(d_scores, q_low, dk_low)
+            dk_high = _dot(d_scores, q_high, dk_high)
+    _store_turned_back(
+        grads_ptr, cos_ptr, sin_ptr, key_head, own_B, dk_low * scale, dk_high * scale,
+        T, N, E, ROTATED,
+    )  # fmt: skip
+    offsets = (own_B[:, None] * N + value_head) * E + tl.arange(0, E)[None, :]
+    tl.store(grads_ptr + offsets, dv.to(grads_ptr.dtype.element_ty), mask=own_B[:, None] < T)
