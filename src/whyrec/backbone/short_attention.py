@@ -130,9 +130,9 @@ def _attend_backward(
     grads_TNE = torch.empty_like(heads_TNE)
     if KEY_TILE is not None:
         given = (heads_TNE, cos_TE, sin_TE, bounds_2T, out_THE, lse_HT, d_out_THE, grads_TNE)
-        given = (*given, torch.empty_like(lse_HT))
-        _launch(query_gradient_kernel, BACKWARD_TILE, len(lse_HT), given, kv_heads, scale)
-        _launch(key_gradient_kernel, KEY_TILE, kv_heads, given, kv_heads, scale)
+        tensors = (*given, torch.empty_like(lse_HT))
+        _launch(query_gradient_kernel, BACKWARD_TILE, len(lse_HT), tensors, kv_heads, scale)
+        _launch(key_gradient_kernel, KEY_TILE, kv_heads, tensors, kv_heads, scale)
         return grads_TNE
     _launch(
         backward_kernel,
