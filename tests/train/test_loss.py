@@ -13,7 +13,7 @@ from conftest import make_codes, make_model, make_vocabulary
 from whyrec.backbone.lora import plain_model
 from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.sid.trie import Trie
-from whyrec.train import loss as loss_module
+from whyrec.train import text_loss
 from whyrec.train.loss import SidLoss, attach_sid_loss
 from whyrec.train.packing import pack
 
@@ -143,7 +143,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = make(), make_examples(rows=6)
     whole = losses(model, examples, smoothing=0.1)
     expected = gradients(model, whole)
-    monkeypatch.setattr(loss_module, "_CHUNK", 3)
+    monkeypatch.setattr(text_loss, "_CHUNK", 3)
     chunked = losses(model, examples, smoothing=0.1)
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
     for name, gradient in gradients(model, chunked).items():

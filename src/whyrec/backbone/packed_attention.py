@@ -2,8 +2,9 @@
 
 Padding a batch to its longest sequence wastes half of a GPU and gives every batch a shape of its
 own. Here the sequences of a batch lie one after the other in a row of fixed length and a token
-looks at its own document only (Krell et al. 2021, arXiv 2107.02027). On a CUDA device PyTorch's
-variable-length Flash Attention computes that; elsewhere one call a document does.
+looks at its own document only (Krell et al. 2021, arXiv 2107.02027). On a CUDA device our own
+kernels compute that where documents are short, else PyTorch's variable-length Flash Attention;
+elsewhere one call a document does.
 
 The model runs its own code: Transformers' `AttentionInterface` puts this function in place of its
 own attention for the length of one call.
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from whyrec.backbone.short_attention import is_supported, short_attention
+
 PACKED = "whyrec_packed"
 # Torch 2.11 takes fewer key/value heads than query heads as they come; later ones want to be told.
 _GROUPED: dict[str, Any] = (
@@ -40,6 +43,7 @@ def packed_attention(
     scaling: float | None = None,
     document_starts: Tensor,
     longest: int,
+    document_bounds: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over one packed row; returns [1, T, H, E], None.
@@ -51,7 +55,21 @@ def packed_attention(
         scaling: of the scores.
         document_starts: int32 [D + 1], where each document starts, and T; documents may be empty.
         longest: no document has more tokens.
+        document_bounds: int32 [2, T], of `short_attention.document_bounds`, which then may attend.
     """
+    # Rotations may have lifted queries and keys to float32 under autocast.
+    query_THE, key_TJE, value_TJE = (
+        heads.to(value_1JTE.dtype).transpose(1, 2)[0]
+        for heads in (query_1HTE, key_1JTE, value_1JTE)
+    )
+    if document_bounds is not None and is_supported(value_1JTE, longest=longest):
+        short_THE = short_attention(
+            torch.cat((query_THE, key_TJE, value_TJE), dim=1),
+            document_bounds,
+            kv_heads=key_TJE.shape[1],
+            scale=query_THE.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+        return short_THE[None], None
     if not query_1HTE.is_cuda:
         # The kernel writes no more than `longest` rows of a document: not a thing to learn there.
         assert int(document_starts.diff().max()) <= longest
@@ -68,11 +86,6 @@ def packed_attention(
             if stop > start
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2), None
-    # Rotations may have lifted queries and keys to float32 under autocast.
-    query_THE, key_TJE, value_TJE = (
-        heads.to(value_1JTE.dtype).transpose(1, 2)[0]
-        for heads in (query_1HTE, key_1JTE, value_1JTE)
-    )
     output_THE = varlen_attn(
         query_THE,
         key_TJE,

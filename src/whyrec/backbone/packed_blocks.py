@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from whyrec.backbone.packed_attention import PACKED, attention_of
+from whyrec.backbone.short_attention import document_bounds
 
 _Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,7 +66,8 @@ class _Blocks(nn.Module):
                 use_cache=False,
                 document_starts=document_starts_D,
                 longest=self.longest,
-            ).last_hidden_state
+                document_bounds=document_bounds(document_starts_D, tokens=embedded_1TH.shape[1]),
+            ).last_hidden_state.to(embedded_1TH.dtype)  # a norm's weights lift it to float32
 
 
 def _record(

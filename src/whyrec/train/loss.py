@@ -23,7 +23,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -33,8 +32,7 @@ from whyrec.prompting.encoder import IGNORED
 from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
-
-_CHUNK = 1024  # text positions whose logits are in memory at once
+from whyrec.train.text_loss import text_nll
 
 
 @dataclass(frozen=True)
@@ -76,40 +74,27 @@ class SidLoss:
             sid_nodes: by level [M], the trie nodes before those codes.
         """
         targets_T = labels_T.roll(-1)
-        text_loss = _text_nll(hidden_TD[text_positions], targets_T[text_positions], head_VD)
-        loss = self.text_weight * text_loss
+        # One selection and one part of the head for all levels: the gradient of each is as large
+        # as what it was taken from.
+        places = [text_positions, *sid_positions]
+        chosen = torch.cat(places)
+        text_MD, *levels = hidden_TD.index_select(0, chosen).split([len(here) for here in places])
+        targets = targets_T[chosen].split([len(here) for here in places])
+        loss = self.text_weight * text_nll(text_MD, targets[0], head_VD)
+        sizes = self.vocabulary.level_sizes
+        codes_KD = head_VD[self.vocabulary.first : self.vocabulary.stop].split(list(sizes))
         for level, offset in enumerate(self.vocabulary.offsets):
-            here_M, nodes_M = sid_positions[level], sid_nodes[level]
-            if len(here_M) == 0:
+            nodes_M = sid_nodes[level]
+            if len(nodes_M) == 0:
                 continue
-            rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
-            logits_MK = (hidden_TD[here_M] @ rows_KD.T).float()
+            logits_MK = (levels[level] @ codes_KD[level].T).float()
             loss = loss + legal_nll(
                 logits_MK,
-                targets_T[here_M] - offset,
+                targets[level + 1] - offset,
                 legal_MK=self.trie.mask(nodes_M, level=level),
                 label_smoothing=self.label_smoothing,
             )
         return loss
-
-
-def _text_nll(hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:
-    """Sum of next-token losses over the whole vocabulary.
-
-    The logits, 49 thousand a position, are made in chunks and made again in the backward pass:
-    kept, those of one batch of captions fill a GPU.
-    """
-    total = hidden_MD[:0].float().sum()  # a zero that has gradients, for rows without text
-    for start in range(0, len(targets_M), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        total = total + checkpoint(
-            _chunk_nll, hidden_MD[chunk], targets_M[chunk], head_VD, use_reentrant=False
-        )
-    return total
-
-
-def _chunk_nll(hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:
-    return F.cross_entropy((hidden_MD @ head_VD.T).float(), targets_M, reduction="sum")
 
 
 def attach_sid_loss(model: PreTrainedModel, sid_loss: SidLoss, *, blocks: PackedBlocks) -> None:

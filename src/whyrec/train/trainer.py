@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
+from whyrec.backbone.fused_projections import fuse_projections
 from whyrec.backbone.lora import plain_model
 from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.train.averaging import WeightAverage
@@ -181,7 +182,8 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
 
 
 def _compile_blocks(model: PreTrainedModel) -> None:
-    """Compile the transformer blocks in place: all of them share one compiled function."""
+    """Fuse and compile the transformer blocks in place: all share one compiled function."""
+    fuse_projections(model)
     kinds = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in kinds:
