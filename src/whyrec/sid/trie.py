@@ -249,20 +249,20 @@ class Trie:
         return torch.where(nodes >= 0, counts, 0)
 
     def leaf_range(self, nodes: Tensor, *, level: int) -> tuple[Tensor, Tensor]:
-        """Half-open range of leaf ranks under nodes [...] of depth `level`: int64 low, high [...].
+        """Half-open range of leaf ranks under nodes [...] of depth `level`: int32 low, high [...].
 
         The range of a dead node (-1) is empty: 0, 0.
         """
         assert 0 <= level <= self.num_levels
-        alive = nodes >= 0
-        low = torch.where(alive, nodes, 0).long()
-        high = low + 1
+        # A dead node starts and ends at the root, and so at one place before the leaves or at 0.
+        low, high = nodes.clamp(min=0).flatten(), (nodes + 1).flatten()
         for _ in range(self.num_levels - level):
-            low, high = self.first_child[low].long(), self.first_child[high].long()
-        return (
-            torch.where(alive, low - self.num_internal, 0),
-            torch.where(alive, high - self.num_internal, 0),
-        )
+            low, high = (
+                self.first_child.index_select(0, low),
+                self.first_child.index_select(0, high),
+            )
+        low, high = ((end.int() - self.num_internal).clamp_(min=0) for end in (low, high))
+        return low.view(nodes.shape), high.view(nodes.shape)
 
     def leaf_rank(self, nodes: Tensor) -> Tensor:
         """Ranks, in lexicographic order of SIDs, of leaf nodes [...]: int64 [...], -1 stays -1."""
