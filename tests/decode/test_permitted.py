@@ -64,8 +64,9 @@ def test_ranges_equal_brute_force(decoder: BeamDecoder, asked: list[Rule], inter
     found_UWK = permitted.any_between(low_UWK.contiguous(), high_UWK.contiguous())
     for user, rule in enumerate(asked):
         good = np.array([item in may_come(rule) for item in order])
-        for low in range(NUM_ITEMS + 1):
-            for high in range(low, NUM_ITEMS + 1):
+        assert not found_UWK[user, 0, 0]  # a dead node's range
+        for low in range(NUM_ITEMS):
+            for high in range(low + 1, NUM_ITEMS + 1):
                 assert bool(found_UWK[user, low, high]) == bool(good[low:high].any())
 
 

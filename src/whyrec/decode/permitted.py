@@ -39,7 +39,7 @@ class Permitted:
 
     Attributes:
         starts_UX: int32, where each interval starts; padded with N, at least once.
-        stops_UX: int32, where it ends; padded with N.
+        stops_UX: int32, where it ends; padded with N + 1.
     """
 
     starts_UX: Tensor
@@ -60,7 +60,7 @@ class Permitted:
         found = [_intervals(rule, trie, ranks_N) for rule in rules]
         most = max(intervals, *(len(starts) + 1 for starts, _ in found))
         starts_UX = np.full((len(rules), most), len(ranks_N), dtype=np.int32)
-        stops_UX = np.full((len(rules), most), len(ranks_N), dtype=np.int32)
+        stops_UX = np.full((len(rules), most), len(ranks_N) + 1, dtype=np.int32)
         for user, (starts, stops) in enumerate(found):
             starts_UX[user, : len(starts)] = starts
             stops_UX[user, : len(stops)] = stops
@@ -76,13 +76,14 @@ class Permitted:
         self.stops_UX.copy_(other.stops_UX)
 
     def any_between(self, low_UWK: Tensor, high_UWK: Tensor) -> Tensor:
-        """Whether half-open ranges of leaf ranks (int32) hold an item that may come: bool."""
-        low_UR, high_UR = low_UWK.flatten(1), high_UWK.flatten(1)
+        """Whether half-open ranges of leaf ranks hold an item that may come: bool, same shape.
+
+        Args:
+            low_UWK, high_UWK: int32, as `Trie.leaf_range` gives them: empty only as 0, 0.
+        """
         # The first interval that ends behind a range's start; padding, if there is none.
-        place_UR = torch.searchsorted(self.stops_UX, low_UR, right=True)
-        place_UR = place_UR.clamp_(max=self.stops_UX.shape[1] - 1)
-        start_UR = self.starts_UX.gather(1, place_UR)
-        return (torch.maximum(start_UR, low_UR) < high_UR).view_as(low_UWK)
+        place_UR = torch.searchsorted(self.stops_UX, low_UWK.flatten(1), right=True)
+        return self.starts_UX.gather(1, place_UR).view_as(high_UWK) < high_UWK
 
 
 def _intervals(rule: Rule, trie: Trie, ranks_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
