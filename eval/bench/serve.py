@@ -14,13 +14,16 @@ Every call of ours is an RPC to the worker with prompts that it has not seen, fr
 ids to lists of items, so `serve/UxW/ms` is what a server waits for; `p95_ms` and `p99_ms` stand
 beside the median. vLLM's beam search gets the same prompts (its last token is an ordinary one, so
 that no SID is constrained), as many steps as an item has codes and nothing else to do; it is
-unconstrained, and its own code compiled and graphed as vLLM likes unless `--eager`.
+unconstrained, and its own code compiled and graphed as vLLM likes unless `--eager`. On a GPU the
+engine runs in this process, so that no message between processes counts on either side.
 
 `legal` is the share of our beams that are items, all different, as many as were asked for. The
 reference is `whyrec.decode` on the Hugging Face model, on the same device, in the same precision:
 `same_items` is the share of items that both found, `same_best` of users whose best item is the
-same, `score_error` the greatest difference of a shared item's score. With `--exact` both run in
-float32, where ranks must be equal.
+same, `score_error` the greatest difference of a shared item's score, `cut_gap` how far from the
+last rank's score an item is at most that only one of both found: bf16 decides such ties either way.
+With `--exact` both run in float32, where ranks must be equal. `serve/weights_copied` is what the
+beam holds of the model's weights beside vLLM's own, as a share of them.
 
 On a CPU three states are timed, width by width: `cold` (a user never seen, with a thought), `warm`
 (the user's prompt was seen, the thought of 32 tokens is new: the case after a thought), `repeat`
@@ -28,24 +31,30 @@ On a CPU three states are timed, width by width: `cold` (a user never seen, with
 
 `serve/trie_step_overhead_10m` is the time of everything that asks the trie in one decoding step
 (children, leaf ranges, what is permitted) with 10 million random items, over the time of a step of
-the beam of the same size. `serve/constraint_step_overhead_10m` is the time of the logits processor
-for 64 requests that are all inside a SID, over a step of the engine that decodes 64 texts.
+the beam of the same size (its whole time over its levels).
+`serve/constraint_step_overhead_10m` is the time of the logits processor for 64 requests that are
+all inside a SID, over a step of the engine that decodes 64 texts.
+
+Figures are written after each part; a part that fails is told and the others go on.
 """
 
 import argparse
 import gc
+import os
 import shlex
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from serve_trie import LEVEL_SIZES, constraint_ms, random_trie, trie_step_ms
 from tqdm import tqdm
 
 from whyrec.backbone.extend import extend_vocabulary
@@ -57,7 +66,7 @@ from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 from whyrec.stage import write_json
 
-LEVEL_SIZES, ITEMS, PROMPT_TOKENS, THOUGHT_TOKENS = (256,) * 4, 12_000, 160, 32
+ITEMS, PROMPT_TOKENS, THOUGHT_TOKENS = 12_000, 160, 32
 MILLIONS = 10_000_000
 
 
@@ -76,15 +85,6 @@ def make_folder(folder: Path, backbone: str, *, seed: int) -> None:
     write_json(folder / SETTINGS_FILE, settings)
     random_trie(ITEMS, seed=seed).save(folder / "trie.safetensors")
     name_weights(folder)
-
-
-def random_trie(num_items: int, *, seed: int) -> Trie:
-    """Distinct random SIDs."""
-    generator = np.random.default_rng(seed)
-    keys = np.unique(generator.integers(0, 2**32, size=int(num_items * 1.01) + 9))
-    keys = generator.permutation(keys)[:num_items]
-    codes_NL = keys[:, None] >> np.array([24, 16, 8, 0]) & 255
-    return Trie.build(torch.from_numpy(codes_NL), level_sizes=LEVEL_SIZES)
 
 
 def link_folder(folder: Path, model: Path) -> None:
@@ -120,6 +120,9 @@ class Bench:
         )
         self.generator = np.random.default_rng(options.seed)
         self.figures: dict[str, float] = {}
+        if torch.cuda.is_available():  # on a CPU vLLM packs weights away
+            copied = self.info["copied_bytes"] / self.info["weight_bytes"]
+            self.figures["serve/weights_copied"] = copied
 
     def prompts(self, users: int, *, thought: int = 0) -> list[list[int]]:
         """Random words, `<|sid_begin|>` last."""
@@ -144,8 +147,10 @@ class Bench:
     def on_gpu(self, users: int, width: int, repeats: int, their_repeats: int) -> None:
         """Median times of fresh prompts, ours and vLLM's."""
         key = f"serve/{users}x{width}"
+        held = torch.cuda.memory_reserved()
         first = timed(lambda: self.ours(self.prompts(users), width))  # captures the graph
         self.figures[f"{key}/first_ms"] = first
+        self.figures[f"{key}/graph_gib"] = (torch.cuda.memory_reserved() - held) / 2**30
         for _ in range(3):
             self.ours(self.prompts(users), width)
         batches = [self.prompts(users) for _ in range(repeats)]
@@ -207,13 +212,19 @@ class Bench:
         trie = Trie.load(folder / "trie.safetensors")
         decoder = BeamDecoder(model.to(device).eval(), vocabulary=self.vocabulary, trie=trie)
         beams = decoder.search(decoder.prefill(prompts, width=width), width=width)
-        shared, best, ranks, errors = 0, 0, 0, [0.0]
+        shared, best, ranks, errors, gaps = 0, 0, 0, [0.0], [0.0]
         for (items, scores), theirs, their_scores in zip(
             found, beams.items_UW.tolist(), beams.scores_UW.tolist(), strict=True
         ):
             mine = dict(zip(items, scores, strict=True))
             both = [(i, s) for i, s in zip(theirs, their_scores, strict=True) if i in mine]
             errors += [abs(mine[item] - score) for item, score in both]
+            gaps += [
+                abs(s - scores[-1])
+                for i, s in zip(theirs, their_scores, strict=True)
+                if i not in mine
+            ]
+            gaps += [abs(mine[i] - their_scores[-1]) for i in mine if i not in set(theirs)]
             shared += len(both)
             best += items[0] == theirs[0]
             ranks += sum(a == b for a, b in zip(items, theirs, strict=False))
@@ -222,10 +233,55 @@ class Bench:
         self.figures["serve/check/same_ranks"] = ranks / total
         self.figures["serve/check/same_best"] = best / users
         self.figures["serve/check/score_error"] = max(errors)
+        self.figures["serve/check/cut_gap"] = max(gaps)
         if self.options.dtype == "float32":
             assert max(errors) < 1e-2, f"scores differ by up to {max(errors)}"
         del model, decoder
         gc.collect()
+
+    def profile(self, path: Path, users: int, width: int) -> None:
+        """A table of the GPU's kernels in one batch."""
+        prompts = self.prompts(users)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.ours(prompts, width)
+            torch.cuda.synchronize()
+        averages = profiler.key_averages()
+        path.write_text(averages.table(sort_by="cuda_time_total", row_limit=60))
+
+    def millions(self, users: int, width: int) -> None:
+        """What 10 million items cost a step of the beam, and of the engine."""
+        device, kind = ("cuda", "serve") if torch.cuda.is_available() else ("cpu", "serve_cpu")
+        trie = random_trie(MILLIONS, seed=self.options.seed).to(device)
+        asked = trie_step_ms(trie, users, width, 50)
+        beam_step = self.figures[f"{kind}/{users}x{width}/ms"] / trie.num_levels
+        self.figures["serve/trie_step_ms_10m"] = asked
+        self.figures["serve/trie_step_overhead_10m"] = asked / beam_step
+        self.figures["serve/engine_step_ms"] = step = self.engine_step_ms()
+        self.figures["serve/constraint_ms_10m"] = constraint_ms(trie, self.vocabulary, 64, 20)
+        processed = self.figures["serve/constraint_ms_10m"]
+        self.figures["serve/constraint_step_overhead_10m"] = processed / step
+
+    def succeeds(self, name: str, part: Callable[[], None]) -> bool:
+        """Run one part and write what is known by then."""
+        try:
+            part()
+        except Exception:
+            print(f"failed: {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            return False
+        print(f"{name}: {self.rounded()}", file=sys.stderr, flush=True)
+        if self.options.json:
+            record(
+                self.options.json,
+                name="serve",
+                command=shlex.join(["python", *sys.argv]),
+                seed=self.options.seed,
+                figures=self.rounded(),
+            )
+        return True
+
+    def rounded(self) -> dict[str, float]:
+        return {key: round(float(value), 6) for key, value in sorted(self.figures.items())}
 
     def engine_step_ms(self, requests: int = 64, steps: int = 64) -> float:
         """A decoding step of the engine with so many ordinary texts."""
@@ -239,82 +295,6 @@ class Bench:
 
         run(steps)
         return (run(steps + 1) - run(1)) / steps
-
-
-def trie_step_ms(trie: Trie, users: int, width: int, repeats: int) -> float:
-    """What one level of a beam asks the trie, the mean over levels, launched as in the beam."""
-    from whyrec.decode.permitted import Permitted, Rule
-
-    device = trie.device
-    permitted = Permitted.of(
-        [Rule()] * users, trie=trie.to("cpu"), ranks_N=np.zeros(trie.num_items), intervals=64
-    ).to(device)
-    depths = []
-    for level in range(trie.num_levels):
-        low, high = trie.offsets[level : level + 2]
-        depths.append(torch.randint(low, high, (users, width), device=device))
-
-    def ask() -> None:
-        for level, nodes_UW in enumerate(depths):
-            children_UWK = trie.children(nodes_UW, level=level)
-            low_UWK, high_UWK = trie.leaf_range(children_UWK, level=level + 1)
-            children_UWK.masked_fill(~permitted.any_between(low_UWK, high_UWK), -1)
-
-    run = ask
-    if device.type == "cuda":
-        for _ in range(3):
-            ask()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ask()
-        run = graph.replay
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times)) / trie.num_levels
-
-
-def constraint_ms(trie: Trie, vocabulary: SidVocabulary, rows: int, repeats: int) -> float:
-    """The logits processor for rows that are all inside a SID, the mean over levels."""
-    from vllm import SamplingParams
-    from vllm.v1.sample.logits_processor import BatchUpdate
-
-    from whyrec.serve.constraint import V1Constraint
-    from whyrec.serve.tries import ServedTrie, Shelf
-
-    host = trie.to("cpu")
-    served = ServedTrie(trie, host.first_child.numpy(), host.code.numpy())
-    shelf = Shelf(Path(), trie.device, vocabulary, torch.zeros(0, dtype=torch.long), {0: served})
-    model = SimpleNamespace(model="", get_vocab_size=lambda: vocabulary.stop)
-    config: Any = SimpleNamespace(model_config=model)
-    processor = V1Constraint(config, trie.device, False)
-    processor._shelf = shelf
-    logits_BV = torch.randn(rows, vocabulary.stop, device=trie.device)
-    leaves = np.random.default_rng(0).integers(0, trie.num_items, size=rows)
-    sids = []
-    for leaf in leaves:  # from the leaf upwards
-        node, codes = host.num_internal + int(leaf), list[int]()
-        while node:
-            codes.append(int(host.code[node]))
-            node = int(np.searchsorted(served.first_child, node, side="right")) - 1
-        sids.append([vocabulary.begin, *vocabulary.encode(codes[::-1])])
-    times = []
-    for level in range(trie.num_levels):
-        added = [(row, SamplingParams(), [], sid[: level + 1]) for row, sid in enumerate(sids)]
-        processor.update_state(BatchUpdate(rows, [], added, []))
-        for turn in range(repeats + 3):
-            start = time.perf_counter()
-            processor.apply(logits_BV.clone())
-            if trie.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 3:
-                times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times))
 
 
 def main() -> None:
@@ -336,71 +316,67 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM neither compiles nor graphs")
     parser.add_argument("--no-millions", action="store_true", help="leave the 10m trie out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", type=Path, help="write where a replay's GPU time goes")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     options.dtype = options.dtype or ("bfloat16" if on_gpu and not options.exact else "float32")
     sizes = [(int(u), int(w)) for u, w in (size.split("x") for size in options.sizes)]
     theirs = [*options.theirs, *[0] * len(sizes)]
+    middle = sizes[min(1, len(sizes) - 1)]
 
-    from vllm import LLM
-
+    if on_gpu:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if options.model:
             link_folder(folder, options.model)
         else:
             make_folder(folder, options.backbone, seed=options.seed)
-        installed = any(e.name == "whyrec" for e in entry_points(group="vllm.logits_processors"))
-        if on_gpu:  # so that what vLLM compiles takes the largest batch of prompts too
-            more = {"max_num_batched_tokens": 16_384}
-        else:
-            more = {"block_size": 32, "kv_cache_memory_bytes": 1 << 30}
-        llm = LLM(
-            model=str(folder),
-            dtype=options.dtype,
-            max_model_len=1_024,
-            max_logprobs=2 * max(width for _, width in sizes),
-            enforce_eager=options.eager or not on_gpu,
-            gpu_memory_utilization=0.5,
-            worker_extension_cls="whyrec.serve.worker.BeamWorker",
-            logits_processors=["whyrec.serve.constraint:KeepTokenIds"] if installed else None,
-            seed=options.seed,
-            **more,
-        )
-        bench = Bench(llm, folder, options)
+        bench = Bench(start(folder, options, sizes), folder, options)
+        parts: dict[str, Callable[[], None]] = {}
         for (users, width), their_repeats in zip(sizes, theirs, strict=False):
-            if on_gpu:
-                bench.on_gpu(users, width, options.repeats, their_repeats)
-            else:
-                bench.on_cpu(users, width, options.repeats)
-            print({k: round(v, 3) for k, v in bench.figures.items()}, file=sys.stderr, flush=True)
-        bench.reference(folder, *sizes[min(1, len(sizes) - 1)])
+            asked = (users, width, options.repeats)
+            parts[f"{users}x{width}"] = (
+                partial(bench.on_gpu, *asked, their_repeats)
+                if on_gpu
+                else partial(bench.on_cpu, *asked)
+            )
+        parts["reference"] = partial(bench.reference, folder, *middle)
+        if options.profile:
+            parts["profile"] = partial(bench.profile, options.profile, *middle)
         if not options.no_millions and len(bench.vocabulary.level_sizes) == len(LEVEL_SIZES):
-            users, width = sizes[min(1, len(sizes) - 1)]
-            trie = random_trie(MILLIONS, seed=options.seed).to("cuda" if on_gpu else "cpu")
-            beam_step = bench.figures[f"serve{'' if on_gpu else '_cpu'}/{users}x{width}/ms"]
-            beam_step /= trie.num_levels
-            asked = trie_step_ms(trie, users, width, 50)
-            processed = constraint_ms(trie, bench.vocabulary, 64, 20)
-            step = bench.engine_step_ms()
-            bench.figures |= {
-                "serve/trie_step_ms_10m": asked,
-                "serve/trie_step_overhead_10m": asked / beam_step,
-                "serve/constraint_ms_10m": processed,
-                "serve/engine_step_ms": step,
-                "serve/constraint_step_overhead_10m": processed / step,
-            }
-    figures = {key: round(float(value), 6) for key, value in sorted(bench.figures.items())}
-    for key, value in figures.items():
+            parts["millions"] = partial(bench.millions, *middle)
+        failed = [name for name, part in parts.items() if not bench.succeeds(name, part)]
+    for key, value in bench.rounded().items():
         print(f"{key:44s} {value:.6g}")
-    if options.json:
-        record(
-            options.json,
-            name="serve",
-            command=shlex.join(["python", *sys.argv]),
-            seed=options.seed,
-            figures=figures,
-        )
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def start(folder: Path, options: argparse.Namespace, sizes: list[tuple[int, int]]) -> Any:
+    """An engine of vLLM with the beams in it."""
+    from vllm import LLM
+
+    installed = any(e.name == "whyrec" for e in entry_points(group="vllm.logits_processors"))
+    on_gpu = torch.cuda.is_available()
+    more: dict[str, Any] = (
+        # So that what vLLM compiles takes the largest batch of prompts too.
+        {"max_num_batched_tokens": 16_384}
+        if on_gpu
+        else {"block_size": 32, "kv_cache_memory_bytes": 1 << 30}
+    )
+    return LLM(
+        model=str(folder),
+        dtype=options.dtype,
+        max_model_len=1_024,
+        max_logprobs=2 * max(width for _, width in sizes),
+        enforce_eager=options.eager or not on_gpu,
+        gpu_memory_utilization=0.5,
+        worker_extension_cls="whyrec.serve.worker.BeamWorker",
+        logits_processors=["whyrec.serve.constraint:KeepTokenIds"] if installed else None,
+        seed=options.seed,
+        **more,
+    )
 
 
 if __name__ == "__main__":

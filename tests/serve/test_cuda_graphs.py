@@ -1,14 +1,17 @@
 """Beams in buckets of fixed shapes, uncaptured, against the reference search."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_codes, make_model, make_vocabulary
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.permitted import Rule
 from whyrec.serve import cuda_graphs
-from whyrec.serve.cuda_graphs import Bucket, GraphedBeams
+from whyrec.serve.cuda_graphs import Bucket, Buffers, GraphedBeams, fixed_beam
 from whyrec.sid.trie import Trie
 
 LEVELS, NUM_ITEMS = (4, 3, 5), 40
@@ -66,7 +69,7 @@ def test_a_result_is_not_written_over(decoder: BeamDecoder) -> None:
 def test_what_fits_no_bucket_is_right_too(decoder: BeamDecoder, monkeypatch) -> None:
     monkeypatch.setattr(cuda_graphs, "USERS", (1, 2))
     monkeypatch.setattr(cuda_graphs, "MAX_SLOTS", 64)
-    monkeypatch.setattr(cuda_graphs, "INTERVALS", (1, 8))
+    monkeypatch.setattr(cuda_graphs, "INTERVALS", (2, 8))
     graphed = GraphedBeams(decoder)
     check(graphed, prompts([5, 6, 7, 8, 9]), [Rule()] * 5, width=4)  # too many users
     check(graphed, prompts([70, 3]), [Rule()] * 2, width=4)  # too long
@@ -74,10 +77,41 @@ def test_what_fits_no_bucket_is_right_too(decoder: BeamDecoder, monkeypatch) -> 
     check(graphed, prompts([5]), [many], width=4)  # too many intervals
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", len(graphed._graphs))
     check(graphed, prompts([5]), [Rule()], width=9)  # one bucket too many
-    assert set(graphed._graphs) == {Bucket(1, 32, 4, 1), Bucket(2, 32, 4, 1)}
+    assert set(graphed._graphs) == {Bucket(1, 32, 4, 2), Bucket(2, 32, 4, 2)}
 
 
 def test_warming_up_makes_the_buckets(decoder: BeamDecoder) -> None:
     graphed = GraphedBeams(decoder)
     graphed.warm_up([1, 3], prompt_tokens=40, width=6)
     assert set(graphed._graphs) == {Bucket(1, 64, 6, 64), Bucket(4, 64, 6, 64)}
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails where a CUDA graph would: numbers that come from the host or are asked for there."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "lift_fresh", "nonzero", "equal", "unique_dim")
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == "meta", f"{name} sees a tensor on the host"
+        return result
+
+
+@pytest.mark.parametrize("num_items", [6, NUM_ITEMS])
+def test_a_beam_of_fixed_shapes_never_asks_the_device(num_items: int) -> None:
+    """Tensors on the meta device have no values, so that whatever depends on one fails there."""
+    trie = Trie.build(make_codes(LEVELS, num_items=num_items, seed=2), level_sizes=LEVELS)
+    assert (None in trie.tables) == (num_items == 6)  # both ways to look children up
+    model = make_model(vocab_size=8 + sum(LEVELS) + 3).to("meta")
+    decoder = BeamDecoder(model, vocabulary=make_vocabulary(LEVELS), trie=trie)
+    lengths_U, ids_UP = torch.ones(2, dtype=torch.long), torch.ones(2, 32, dtype=torch.long)
+    permitted = decoder.permitted([Rule(), Rule(excluded=[1])], intervals=8)
+    buffers = Buffers(ids_UP.to("meta"), lengths_U.to("meta"), permitted)
+    with torch.no_grad(), NothingFromTheHost():
+        beams = fixed_beam(decoder, buffers, width=7)
+    assert beams.items_UW.shape == beams.scores_UW.shape == (2, 7)

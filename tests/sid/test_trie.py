@@ -62,7 +62,7 @@ def test_children_mask_and_step_are_the_legal_codes(catalogue):
         rows = prefixes(sids, level)
         nodes_B = walk(trie, rows, level)
         children_BK = trie.children(nodes_B, level=level)
-        assert children_BK.dtype == torch.int64 and children_BK.shape == (len(rows), size)
+        assert children_BK.dtype == torch.int32 and children_BK.shape == (len(rows), size)
         legal = prefixes(sids, level + 1)
         node = dict(zip(legal, walk(trie, legal, level + 1).tolist(), strict=True))
         expected_BK = [[node.get((*row, code), -1) for code in range(size)] for row in rows]

@@ -167,7 +167,7 @@ class BeamDecoder:
                 urgency_UW = 2 * new_UW.int() + open_UW.int()
                 chosen_UT = urgency_UW.argsort(dim=1, descending=True, stable=True)[:, :num_new]
             else:
-                num_new, slots_UW = keep, torch.zeros_like(nodes_UW)
+                num_new, slots_UW = keep, torch.zeros_like(flat_UW)
                 chosen_UT = torch.arange(keep, device=device).expand(num_users, -1)
             slots_UWA = torch.cat([slots_UWA, slots_UW[..., None]], dim=-1)
             if num_new == 0:

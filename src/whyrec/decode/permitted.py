@@ -2,8 +2,8 @@
 
 Items in the lexicographic order of their SIDs (leaf ranks) make every rule a set of half-open
 intervals: a prefix is one, an excluded item cuts one in two. A node of the trie covers an interval
-too, so that "may this prefix still lead somewhere" is one count and two binary searches, whatever
-the rules and however many, in fixed shapes and without a question to the host.
+too, so that "may this prefix still lead somewhere" is one binary search, whatever the rules and
+however many, in fixed shapes and without a question to the host.
 
 Dimensions: U users, X intervals of a user at most, N items.
 """
@@ -38,14 +38,12 @@ class Permitted:
     """Intervals of leaf ranks, sorted and disjoint, by user.
 
     Attributes:
-        starts_UX: int64, where each interval starts; padded with N.
-        sizes_UX: int64, items in it; padded with 0.
-        before_UX: int64, items in the intervals before it.
+        starts_UX: int32, where each interval starts; padded with N, at least once.
+        stops_UX: int32, where it ends; padded with N + 1.
     """
 
     starts_UX: Tensor
-    sizes_UX: Tensor
-    before_UX: Tensor
+    stops_UX: Tensor
 
     @classmethod
     def of(
@@ -60,15 +58,13 @@ class Permitted:
             intervals: X is at least this.
         """
         found = [_intervals(rule, trie, ranks_N) for rule in rules]
-        most = max(intervals, *(len(starts) for starts, _ in found))
-        starts_UX = np.full((len(rules), most), len(ranks_N), dtype=np.int64)
-        sizes_UX = np.zeros((len(rules), most), dtype=np.int64)
+        most = max(intervals, *(len(starts) + 1 for starts, _ in found))
+        starts_UX = np.full((len(rules), most), len(ranks_N), dtype=np.int32)
+        stops_UX = np.full((len(rules), most), len(ranks_N) + 1, dtype=np.int32)
         for user, (starts, stops) in enumerate(found):
             starts_UX[user, : len(starts)] = starts
-            sizes_UX[user, : len(starts)] = stops - starts
-        before_UX = sizes_UX.cumsum(1) - sizes_UX
-        arrays = (starts_UX, sizes_UX, before_UX)
-        return cls(*(torch.from_numpy(array) for array in arrays))
+            stops_UX[user, : len(stops)] = stops
+        return cls(torch.from_numpy(starts_UX), torch.from_numpy(stops_UX))
 
     def to(self, device: torch.device) -> "Permitted":
         """The same on a device."""
@@ -77,28 +73,24 @@ class Permitted:
     def copy_(self, other: "Permitted") -> None:
         """Take over another's intervals, of the same shape, in place."""
         self.starts_UX.copy_(other.starts_UX)
-        self.sizes_UX.copy_(other.sizes_UX)
-        self.before_UX.copy_(other.before_UX)
+        self.stops_UX.copy_(other.stops_UX)
 
     def any_between(self, low_UWK: Tensor, high_UWK: Tensor) -> Tensor:
-        """Whether half-open ranges of leaf ranks hold an item that may come: bool, same shape."""
-        return self._below(high_UWK) > self._below(low_UWK)
+        """Whether half-open ranges of leaf ranks hold an item that may come: bool, same shape.
 
-    def _below(self, rank_UWK: Tensor) -> Tensor:
-        """How many items that may come have a smaller rank."""
-        rank_UR = rank_UWK.flatten(1)
-        place_UR = torch.searchsorted(self.starts_UX, rank_UR) - 1
-        last_UR = place_UR.clamp(min=0)
-        into_UR = (rank_UR - self.starts_UX.gather(1, last_UR)).minimum(
-            self.sizes_UX.gather(1, last_UR)
-        )
-        below_UR = self.before_UX.gather(1, last_UR) + into_UR
-        return torch.where(place_UR >= 0, below_UR, 0).view_as(rank_UWK)
+        Args:
+            low_UWK, high_UWK: int32, as `Trie.leaf_range` gives them: empty only as 0, 0.
+        """
+        # The first interval that ends behind a range's start; padding, if there is none.
+        place_UR = torch.searchsorted(self.stops_UX, low_UWK.flatten(1), right=True)
+        return self.starts_UX.gather(1, place_UR).view_as(high_UWK) < high_UWK
 
 
 def _intervals(rule: Rule, trie: Trie, ranks_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sorted starts and stops of the leaf ranks that a rule leaves."""
     starts, stops = np.zeros(1, dtype=np.int64), np.full(1, len(ranks_N), dtype=np.int64)
+    if len(rule.excluded) == 0 and rule.allowed is None and rule.prefixes is None:
+        return starts, stops
     if rule.prefixes is not None:
         starts, stops = _ranges(rule.prefixes, trie)
     excluded = np.unique(ranks_N[np.asarray(rule.excluded, dtype=np.int64)]).astype(np.int64)

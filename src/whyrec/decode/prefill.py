@@ -55,7 +55,7 @@ class Prefilled:
     def find(self, nodes_UW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Look up beam tokens by node: found [U, W], slots [U, W] and hidden states [U, W, D]."""
         if self.nodes_UB.shape[1] == 0:
-            nothing_UW = torch.zeros_like(nodes_UW)
+            nothing_UW = torch.zeros_like(nodes_UW, dtype=torch.long)
             hidden_UWD = self.hidden_UBD.new_zeros(*nodes_UW.shape, self.hidden_UBD.shape[-1])
             return nothing_UW.bool(), nothing_UW, hidden_UWD
         same_UWB = nodes_UW[..., None] == self.nodes_UB[:, None]

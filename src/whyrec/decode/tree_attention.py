@@ -12,17 +12,20 @@ Dimensions: U users, T new tokens a user, P prompt slots, S slots in use, H quer
 heads, E head size, D hidden size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from whyrec.backbone.packed_attention import attention_of
 
 _NAME = "whyrec_tree"
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -37,7 +40,8 @@ class KeyValueStore:
         align: attention is over a multiple of so many slots, as some kernels want it; the slots
             that are too many hold zeros and no mask shows them.
         keys, values: by layer, [U, J, capacity, E].
-        mask_UTS: what the tokens of the running call may see; None for whole prompts.
+        mask_UTS: what the tokens of the running call may see; None for whole prompts. Set it with
+            `look`.
     """
 
     lengths_U: Tensor
@@ -48,6 +52,25 @@ class KeyValueStore:
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     mask_UTS: Tensor | None = None
+    _bias_U1RS: Tensor | None = None
+
+    def look(self, mask_UTS: Tensor | None) -> None:
+        """Say what the tokens of the next call may see."""
+        self.mask_UTS, self._bias_U1RS = mask_UTS, None
+
+    def bias(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores, [U, 1, G·T, S]: made once a call, not once a layer.
+
+        Args:
+            groups: G, the query heads of one key/value head.
+            dtype: of the queries.
+        """
+        assert self.mask_UTS is not None
+        if self._bias_U1RS is None:
+            hidden_UTS = torch.zeros_like(self.mask_UTS, dtype=dtype)
+            hidden_UTS.masked_fill_(~self.mask_UTS, -torch.inf)
+            self._bias_U1RS = hidden_UTS.repeat(1, groups, 1)[:, None]
+        return self._bias_U1RS
 
     def forget_tree(self) -> None:
         """Drop all beam tokens, so that another beam can start from the same prompts."""
@@ -94,26 +117,41 @@ def attend(
     *,
     scaling: float | None = None,
 ) -> Tensor:
-    """Write new tokens' keys and values into a layer of the store and attend; [U, H, T, E]."""
+    """Write new tokens' keys and values into a layer of the store and attend; [U, T, J, G, E].
+
+    G are the query heads of a key/value head. Heads may lie anywhere in memory, as long as the
+    numbers of one head are neighbours.
+    """
     keys_UJSE, values_UJSE = store.write(layer, key_UJTE, value_UJTE)
     num_users, num_heads, num_tokens, size = query_UHTE.shape
     num_kv_heads = key_UJTE.shape[1]
-    if store.mask_UTS is None:
-        # Padding is on the right, where causal attention never looks from a real token.
-        return F.scaled_dot_product_attention(
-            query_UHTE,
-            key_UJTE,
-            value_UJTE,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=num_kv_heads != num_heads,
-        )
     groups = num_heads // num_kv_heads
-    folded = query_UHTE.reshape(num_users, num_kv_heads, groups * num_tokens, size)
-    mask = store.mask_UTS[:, None].repeat(1, 1, groups, 1)
-    return F.scaled_dot_product_attention(
-        folded, keys_UJSE, values_UJSE, attn_mask=mask, scale=scaling
-    ).reshape(num_users, num_heads, num_tokens, size)
+    with _kernels(query_UHTE.device):
+        if store.mask_UTS is None:
+            # Padding is on the right, where causal attention never looks from a real token.
+            output_UHTE = F.scaled_dot_product_attention(
+                query_UHTE,
+                key_UJTE,
+                value_UJTE,
+                is_causal=True,
+                scale=scaling,
+                enable_gqa=groups > 1,
+            )
+            return output_UHTE.transpose(1, 2).unflatten(2, (num_kv_heads, groups))
+        folded = query_UHTE.reshape(num_users, num_kv_heads, groups * num_tokens, size)
+        output_UJRE = F.scaled_dot_product_attention(
+            folded,
+            keys_UJSE,
+            values_UJSE,
+            attn_mask=store.bias(groups, query_UHTE.dtype),
+            scale=scaling,
+        )
+    return output_UJRE.unflatten(2, (groups, num_tokens)).permute(0, 3, 1, 2, 4)
+
+
+def _kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU PyTorch's own kernels: cuDNN's would be planned anew for each shape."""
+    return sdpa_kernel(_BACKENDS) if device.type == "cuda" else nullcontext()
 
 
 def tree_attention(
@@ -129,10 +167,10 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface over a `KeyValueStore`; returns [U, T, H, E], None."""
     assert isinstance(module.layer_idx, int)
-    output_UHTE = attend(
+    output_UTJGE = attend(
         tree_store, module.layer_idx, query_UHTE, key_UJTE, value_UJTE, scaling=scaling
     )
-    return output_UHTE.transpose(1, 2).contiguous(), None
+    return output_UTJGE.flatten(2, 3).contiguous(), None
 
 
 AttentionInterface.register(_NAME, tree_attention)
@@ -233,7 +271,7 @@ def run(
         mask_UTS: True where a token may look, over all slots in use after this call; one for
             all users or one a user. None for whole right-padded prompts.
     """
-    store.mask_UTS = mask_UTS
+    store.look(mask_UTS)
     with attention_of(model, _NAME):
         output = model.base_model(
             input_ids=ids_UT, position_ids=positions_UT, use_cache=False, tree_store=store

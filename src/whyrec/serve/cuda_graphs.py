@@ -15,6 +15,7 @@ On other devices the same function runs uncaptured, which is how it is tested.
 Dimensions: U users, P prompt slots, W beams, X intervals of permitted items.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -90,8 +91,9 @@ class GraphedBeams:
         self._buffers: dict[Bucket, Buffers] = {}
         self._graphs: dict[Bucket, Callable[[], None]] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(
         self, prompts: Sequence[Sequence[int]], *, width: int, rules: Sequence[Rule]
     ) -> Beams:
@@ -177,9 +179,10 @@ class GraphedBeams:
         """A CUDA graph of one run."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()  # one for all: matrix products keep memory for each
         with _communication() as shared:
             # Under tensor parallelism collectives are captured on the stream that they gave.
-            stream = torch.cuda.Stream() if shared is None else shared.stream
+            stream = self._stream if shared is None else shared.stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # kernels are chosen and compiled before the capture
@@ -196,8 +199,13 @@ class GraphedBeams:
 
 def _communication() -> Any:
     """What lets collectives of tensor parallelism be captured; None on one device."""
+    if "vllm" not in sys.modules:  # a Hugging Face model
+        return nullcontext(None)
     from vllm.distributed import parallel_state
 
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    if (
+        not parallel_state.model_parallel_is_initialized()
+        or parallel_state.get_tensor_model_parallel_world_size() == 1
+    ):
         return nullcontext(None)
     return parallel_state.graph_capture(device=torch.device("cuda", torch.cuda.current_device()))

@@ -51,7 +51,7 @@ class VllmTree:
         # What vLLM compiled of the model takes no more tokens than this in one call.
         self._most_compiled = int(config.scheduler_config.max_num_batched_tokens)
         self._layers: dict[str, _TreeLayer] = {
-            name: _TreeLayer(index, layer)
+            name: _TreeLayer(index, layer, device)
             for index, (name, layer) in enumerate(
                 (name, layer) for name, layer in layers.items() if isinstance(layer, Attention)
             )
@@ -72,6 +72,11 @@ class VllmTree:
     def device(self) -> torch.device:
         return self._device
 
+    @property
+    def copied_bytes(self) -> int:
+        """Weights that are held beside vLLM's own: the codes' rows of the head."""
+        return self._codes_KD.nbytes
+
     def head_rows(self, first: int, stop: int) -> Tensor:
         return self._codes_KD[first - self._first : stop - self._first]
 
@@ -84,7 +89,7 @@ class VllmTree:
         mask_UTS: Tensor | None = None,
     ) -> Tensor:
         num_users, num_tokens = ids_UT.shape
-        store.mask_UTS = mask_UTS
+        store.look(mask_UTS)
         for layer in self._layers.values():
             layer.store = store
         with set_forward_context(
@@ -111,10 +116,10 @@ class VllmTree:
 class _TreeLayer:
     """What vLLM finds in place of an attention layer: itself, its `impl` and an empty cache."""
 
-    def __init__(self, index: int, layer: Attention) -> None:
+    def __init__(self, index: int, layer: Attention, device: torch.device) -> None:
         self.index, self.scale = index, layer.impl.scale
         self.impl = self
-        self.kv_cache = torch.zeros(0)
+        self.kv_cache = torch.zeros(0, dtype=layer.dtype, device=device)
         self.store: KeyValueStore | None = None
 
     def do_kv_cache_update(self, *_: Any) -> None:
@@ -139,8 +144,8 @@ class _TreeLayer:
             part.view(num_users, -1, *part.shape[1:]).transpose(1, 2)
             for part in (query_NHE, key_NJE, value_NJE)
         )
-        output_UHTE = attend(self.store, self.index, *heads, scaling=self.scale)
-        output.copy_(output_UHTE.transpose(1, 2).reshape(output.shape))
+        output_UTJGE = attend(self.store, self.index, *heads, scaling=self.scale)
+        output.view(output_UTJGE.shape).copy_(output_UTJGE)
         return output
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from whyrec.decode.beam import BeamDecoder, Beams
 from whyrec.decode.permitted import Rule
 from whyrec.decode.prompt_cache import PromptCache
@@ -61,6 +63,7 @@ class BeamState:
             self.graphs[version] = GraphedBeams(self.decoder(version))
         return self.graphs[version]
 
+    @torch.inference_mode()  # as vLLM runs, and compiled, its model
     def search(
         self, version: int, prompts: list[list[int]], *, width: int, rules: list[Rule]
     ) -> Beams:
@@ -82,8 +85,8 @@ class BeamWorker:
         """Get ready for beams.
 
         Returns:
-            The newest catalogue's version, its number of items, the level sizes and the rows of
-            the model's embedding.
+            The newest catalogue's version, its number of items, the level sizes, the rows of the
+            model's embedding, the bytes of this worker's weights and those of them held twice.
 
         Raises:
             ValueError: when the model is no WhyRec model, or cannot run over trees.
@@ -112,6 +115,8 @@ class BeamWorker:
             "num_items": shelf.trie.trie.num_items,
             "level_sizes": list(shelf.vocabulary.level_sizes),
             "vocab_size": model.get_vocab_size(),
+            "weight_bytes": sum(part.nbytes for part in worker.get_model().parameters()),
+            "copied_bytes": self.whyrec_beams.tree.copied_bytes,
         }
 
     def whyrec_add_catalogue(self, folder: str, version: int) -> int:

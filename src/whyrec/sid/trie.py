@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,6 +56,8 @@ class Trie:
         item: int32 [num_items].
         tables: for each depth 0 .. L-1 None, or int32 [nodes of that depth + 1, K]: the child by
             code or -1; the last row, all -1, is that of a dead node.
+        starts: for each depth 0 .. L-2 None, or int32 [nodes of that depth + 2]: 0, the rank of the
+            first leaf under each node, N.
     """
 
     level_sizes: tuple[int, ...]
@@ -64,6 +67,7 @@ class Trie:
     code: Tensor
     item: Tensor
     tables: tuple[Tensor | None, ...]
+    starts: tuple[Tensor | None, ...]
 
     @classmethod
     def build(cls, codes_NL: Tensor, *, level_sizes: Sequence[int]) -> Trie:
@@ -142,8 +146,17 @@ class Trie:
                 table.view(-1)[row * size + code[end:child_end]] = children
                 spare -= table.nbytes
             tables.append(table)
+        starts: list[Tensor | None] = []
+        ranks = first_child[offsets[-3] : offsets[-2]] - offsets[-2]  # at depth L - 1
+        for depth in range(len(level_sizes) - 2, -1, -1):
+            first, stop = offsets[depth : depth + 2]
+            ranks = ranks[first_child[first:stop].long() - stop]
+            bounded = F.pad(F.pad(ranks, (1, 0)), (0, 1), value=len(item))
+            starts.insert(0, bounded if bounded.nbytes <= spare else None)
+            spare -= bounded.nbytes if bounded.nbytes <= spare else 0
         return cls(
-            level_sizes, tuple(offsets), tuple(fan_outs), first_child, code, item, tuple(tables)
+            *(level_sizes, tuple(offsets), tuple(fan_outs), first_child, code, item),
+            *(tuple(tables), tuple(starts)),
         )
 
     @property
@@ -166,7 +179,8 @@ class Trie:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays and tables."""
-        tables = sum(table.nbytes for table in self.tables if table is not None)
+        derived = (*self.tables, *self.starts)
+        tables = sum(table.nbytes for table in derived if table is not None)
         return self.first_child.nbytes + self.code.nbytes + self.item.nbytes + tables
 
     @property
@@ -181,21 +195,14 @@ class Trie:
             code=self.code.to(device),
             item=self.item.to(device),
             tables=tuple(None if table is None else table.to(device) for table in self.tables),
+            starts=tuple(None if start is None else start.to(device) for start in self.starts),
         )
 
     def children(self, nodes: Tensor, *, level: int) -> Tensor:
-        """Child of each node by code: nodes [...] of depth `level` -> int64 [..., K].
+        """Child of each node by code: nodes [...] of depth `level` -> int32 [..., K].
 
         -1 where the code may not follow, and everywhere for a dead node.
         """
-        return self._children(nodes, level).long()
-
-    def mask(self, nodes: Tensor, *, level: int) -> Tensor:
-        """Codes that may follow: nodes [...] of depth `level` -> bool [..., K]."""
-        return self._children(nodes, level) >= 0
-
-    def _children(self, nodes: Tensor, level: int) -> Tensor:
-        """As `children`, in int32."""
         assert 0 <= level < self.num_levels, f"no codes follow depth {level}"
         shape = (*nodes.shape, self.level_sizes[level])
         alive = nodes >= 0
@@ -214,6 +221,10 @@ class Trie:
         code = self.code.index_select(0, child.flatten()).view(child.shape)
         children = torch.full(shape, -1, dtype=torch.int32, device=nodes.device)
         return children.scatter_(-1, code.long(), torch.where(alive, child, -1))
+
+    def mask(self, nodes: Tensor, *, level: int) -> Tensor:
+        """Codes that may follow: nodes [...] of depth `level` -> bool [..., K]."""
+        return self.children(nodes, level=level) >= 0
 
     def step(self, nodes: Tensor, codes: Tensor) -> Tensor:
         """Follow one code from each node: nodes [...], codes [...] -> int64 nodes [...], or -1.
@@ -249,20 +260,26 @@ class Trie:
         return torch.where(nodes >= 0, counts, 0)
 
     def leaf_range(self, nodes: Tensor, *, level: int) -> tuple[Tensor, Tensor]:
-        """Half-open range of leaf ranks under nodes [...] of depth `level`: int64 low, high [...].
+        """Half-open range of leaf ranks under nodes [...] of depth `level`: int32 low, high [...].
 
         The range of a dead node (-1) is empty: 0, 0.
         """
         assert 0 <= level <= self.num_levels
-        alive = nodes >= 0
-        low = torch.where(alive, nodes, 0).long()
-        high = low + 1
-        for _ in range(self.num_levels - level):
-            low, high = self.first_child[low].long(), self.first_child[high].long()
-        return (
-            torch.where(alive, low - self.num_internal, 0),
-            torch.where(alive, high - self.num_internal, 0),
-        )
+        flat = nodes.flatten()
+        if level == self.num_levels:
+            low = (flat - self.num_internal).clamp_(min=0).int()
+            high = (flat - (self.num_internal - 1)).clamp_(min=0).int()
+        elif level < len(self.starts) and (starts := self.starts[level]) is not None:
+            place = (flat - (self.offsets[level] - 1)).clamp_(min=0)  # a dead node's: 0, then 0
+            low, high = starts.index_select(0, place), starts[1:].index_select(0, place)
+        else:
+            # A dead node starts and ends at the root, so at one place before the leaves or at 0.
+            low, high = flat.clamp(min=0), flat + 1
+            for _ in range(self.num_levels - level):
+                low = self.first_child.index_select(0, low)
+                high = self.first_child.index_select(0, high)
+            low, high = (end.sub_(self.num_internal).clamp_(min=0) for end in (low, high))
+        return low.view(nodes.shape), high.view(nodes.shape)
 
     def leaf_rank(self, nodes: Tensor) -> Tensor:
         """Ranks, in lexicographic order of SIDs, of leaf nodes [...]: int64 [...], -1 stays -1."""
