@@ -140,6 +140,10 @@ class RecommendationRequest(_Message):
     beam_width: int | None = Field(
         default=None, ge=1, description="at least k is used; 2 k when missing"
     )
+    tree: StrictBool = Field(
+        default=False,
+        description="tell the beam behind the trace too: the codes that it followed, as a tree",
+    )
     stream: StrictBool = Field(
         default=False,
         description="server-sent events: the thought as it is written, then the answer",
@@ -168,6 +172,18 @@ class RecommendedItem(BaseModel):
     title: str
     score: float
     sid: str
+
+
+class TreeBranch(BaseModel):
+    """A code after a prefix that the beam followed; at a leaf stands an item."""
+
+    code: str
+    probability: float = Field(description="of the code among those that may follow its prefix")
+    log_prob: float = Field(description="of the prefix with the code")
+    id: str | None = Field(default=None, description="of the item at a leaf")
+    title: str | None = None
+    left: bool = Field(default=False, description="none of its items is among the beam's last")
+    children: list["TreeBranch"] = Field(default_factory=list, description="the likeliest first")
 
 
 class Timings(BaseModel):
@@ -202,6 +218,9 @@ class Answer(BaseModel):
     items: list[RecommendedItem]
     timings_ms: Timings
     ahead: Ahead | None = None
+    tree: list[TreeBranch] | None = Field(
+        default=None, description="the beam behind `trace`, or behind no thought, if asked for"
+    )
 
 
 class NewItem(_Message):
