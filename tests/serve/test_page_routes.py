@@ -42,6 +42,7 @@ def test_the_files_are_there_for_everybody_with_a_strict_policy(make) -> None:
             assert answer.status_code == 200
             policy = answer.headers["content-security-policy"]
             assert "default-src 'none'" in policy and "unsafe" not in policy
+            assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
         assert client.get("/static/../page.py").status_code in (401, 404)

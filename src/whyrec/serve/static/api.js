@@ -106,8 +106,7 @@ async function* events(body) {
         const fields = Object.fromEntries(
           block.split("\n").map((line) => [line.split(":", 1)[0], line.replace(/^\w+: ?/, "")]),
         );
-        if (fields.data === "[DONE]") return;
-        yield { event: fields.event, data: JSON.parse(fields.data) };
+        if (fields.data !== "[DONE]") yield { event: fields.event, data: JSON.parse(fields.data) };
       }
     }
   } finally {

@@ -30,12 +30,11 @@ export const count = (number) => number.toLocaleString("en");
 /** "1 item", "3 items". */
 export const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 
-/** A probability as people read it: two digits, and a bound in place of very many zeros. */
+/** A probability as people read it, with a bound in place of very many zeros. */
 export function percent(probability) {
-  if (probability > 0 && probability < 0.0001) return "< 0.01 %";
+  if (probability < 0.0001) return "< 0.01 %";
   if (probability > 0.9995) return "100 %";
-  const digits = { maximumSignificantDigits: probability < 0.1 ? 2 : 3 };
-  return `${(100 * probability).toLocaleString("en", digits)} %`;
+  return `${(100 * probability).toFixed(probability < 0.01 ? 2 : 1)} %`;
 }
 
 /** "<s_b_17>" → "b17", and a whole SID's codes with spaces between. */

@@ -17,8 +17,12 @@ export function itemList(items, moves = null) {
           "span",
           { class: "words" },
           el("span", { class: "name" }, nameOf(item)),
-          moves ? move(moves.get(item.id)) : null,
-          el("code", { class: "soft" }, shortCodes(item.sid)),
+          el(
+            "span",
+            { class: "facts" },
+            el("code", { class: "soft" }, shortCodes(item.sid)),
+            moves ? move(moves.get(item.id)) : null,
+          ),
         ),
         el(
           "span",

@@ -9,6 +9,7 @@ import { startSearch } from "./search.js";
 
 const TITLES = { on: "With a thought", off: "Without a thought" };
 
+let canThink = true;
 let running = null; // what stops the recommendations under way
 
 startKeyDialog();
@@ -68,13 +69,8 @@ async function introduce() {
     radio.disabled = !server.thoughts && radio.value !== "off";
     radio.checked = radio.value === (server.thoughts ? "both" : "off");
   }
-  if (!server.thoughts) {
-    say(
-      byId("think-note"),
-      "This model has not learnt to think, so there is no thought to watch; whyrec activate " +
-        "teaches it. Items, scores and the beam are here all the same.",
-    );
-  }
+  canThink = server.thoughts > 0;
+  byId("think-note").hidden = canThink;
 }
 
 async function loadUser() {
@@ -96,7 +92,7 @@ async function ask() {
   history.mark(null);
   const chosen = new FormData(byId("ask")).get("think");
   const runs = (chosen === "both" ? ["on", "off"] : [chosen]).map(
-    (think) => new Run({ think, title: TITLES[think] }),
+    (think) => new Run({ think, title: canThink ? TITLES[think] : "Recommended" }),
   );
   byId("runs").replaceChildren(...runs.map((run) => run.card));
   byId("runs").classList.toggle("two", runs.length === 2);

@@ -8,7 +8,7 @@ export function beamTree(branches, rankOf) {
   return el(
     "details",
     { class: "beam" },
-    el("summary", {}, "Beam tree ", el("span", { class: "soft" }, plural(leaves, "leaf").replace("leafs", "leaves"))),
+    el("summary", {}, "Beam tree ", el("span", { class: "soft" }, plural(leaves, "item"))),
     el(
       "p",
       { class: "soft" },
@@ -24,50 +24,54 @@ const countLeaves = (branch) =>
 
 function level(branches, rankOf) {
   const left = branches.filter((branch) => branch.left);
+  const most = likeliest(branches);
   return el(
     "ul",
     { class: "tree" },
-    ...branches.filter((branch) => !branch.left).map((branch) => grown([branch], rankOf)),
-    left.length ? leftBehind(left) : null,
+    ...branches.filter((branch) => !branch.left).map((branch) => grown([branch], most, rankOf)),
+    left.length ? leftBehind(left, most) : null,
   );
 }
 
 /** A branch; codes after which only one other came stand with it on one line. */
-function grown(path, rankOf) {
+function grown(path, most, rankOf) {
   const last = path.at(-1);
-  if (last.id !== null) return el("li", {}, ...codes(path), leaf(last, rankOf));
-  if (last.children.length === 1) return grown([...path, last.children[0]], rankOf);
+  if (last.id !== null) return el("li", {}, ...codes(path, most), leaf(last, rankOf));
+  if (last.children.length === 1) return grown([...path, last.children[0]], most, rankOf);
   return el(
     "li",
     {},
-    el("details", { open: true }, el("summary", {}, ...codes(path)), level(last.children, rankOf)),
+    el("details", { open: true }, el("summary", {}, ...codes(path, most)), level(last.children, rankOf)),
   );
 }
 
-function codes(path) {
-  return path.map((branch) =>
+/** Codes with their probabilities, before the first a bar beside those of its siblings. */
+function codes(path, most) {
+  return path.map((branch, place) =>
     el(
       "span",
       { class: "step" },
-      bar(branch.probability),
+      place === 0 ? bar(branch.probability / most) : null,
       el("code", {}, shortCodes(branch.code)),
-      ` ${percent(branch.probability)} `,
+      el("span", { class: "share" }, percent(branch.probability)),
     ),
   );
 }
+
+const likeliest = (branches) => Math.max(...branches.map((branch) => branch.probability), 1e-12);
 
 function leaf(branch, rankOf) {
   const rank = rankOf.get(branch.id);
   return el(
     "span",
     { class: rank ? "leaf listed" : "leaf" },
-    rank ? el("span", { class: "rank" }, el("span", { class: "unseen" }, "rank "), `${rank}`) : null,
+    el("span", { class: "rank" }, rank ? el("span", { class: "unseen" }, "rank ") : null, rank ?? ""),
     el("span", { class: "name" }, nameOf(branch)),
     el("span", { class: "soft" }, ` ${percent(Math.exp(branch.log_prob))}`),
   );
 }
 
-function leftBehind(branches) {
+function leftBehind(branches, most) {
   const number = branches.length;
   return el(
     "li",
@@ -76,7 +80,7 @@ function leftBehind(branches) {
       "details",
       {},
       el("summary", {}, `${number} that the beam followed and left`),
-      el("ul", { class: "tree" }, ...branches.map((branch) => el("li", {}, ...codes([branch])))),
+      el("ul", { class: "tree" }, ...branches.map((branch) => el("li", {}, ...codes([branch], most)))),
     ),
   );
 }
