@@ -16,8 +16,8 @@ def test_a_run_has_a_name_in_its_tracker(report_to: str) -> None:
 
 
 def test_a_tracker_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no tracker 'wendb'; choose of .*wandb, .*none"):
+    with pytest.raises(ValueError, match=r"no tracker 'wendb'; choose of .*wandb, .*none"):
         tracked(LOGS, "wendb")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="'wandb' cannot be used: .*pip install wandb"):
+    with pytest.raises(ValueError, match=r"'wandb' cannot be used: .*pip install wandb"):
         tracked(LOGS, "wandb")
