@@ -52,6 +52,7 @@ class LocalEngine:
         self.delay = 0.0  # seconds a token
         self.thinking = self.beaming = 0
         self.asked: list[BeamRequest] = []
+        self.says: list[int] = []  # token ids, in place of what the model would think
         self.hold: asyncio.Event | None = None  # a beam waits for it
         self.thinker = Thinker(self._decoder(0), parts.encoder)
 
@@ -118,7 +119,7 @@ class LocalEngine:
                 temperature=temperature,
                 seed=0,
             )
-            for token in drawn.thought(0, seed):
+            for token in self.says or drawn.thought(0, seed):
                 await asyncio.sleep(self.delay)
                 self._check()
                 yield [token]

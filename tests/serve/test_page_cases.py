@@ -77,6 +77,30 @@ def test_thoughts_are_shown_as_they_come_and_can_be_stopped(address, engine, vis
     assert card.locator(".one.chosen").count() == 1 and card.locator(".one").count() == 2
 
 
+def test_facts_of_a_thought_are_marked(address, engine, parts, visit: Visit) -> None:
+    engine.says = parts.encoder.text("The history shares Genre 3; Genre 2. Next: Genre 4.")
+    page = visit(address)
+    for name in ("Film 3", "Film 8", "Film 4"):
+        add(page, name)
+    page.get_by_label("On", exact=True).check()
+    (card,) = recommend(page)
+    thought = card.locator(".one.chosen")
+    assert thought.locator("mark.true").all_text_contents() == ["Genre 3\u00a0✓", "Genre 4\u00a0✓"]
+    assert thought.locator("mark.false").all_text_contents() == ["Genre 2\u00a0✗\u00a0untrue"]
+    thought.get_by_text("Its facts 1 of 3 untrue").click()
+    first, second, last = thought.locator("li").all()
+    expect(first).to_contain_text("Genre 3 of the history. In Film 8; Film 3.")
+    expect(second).to_contain_text(
+        "untrue: Genre 2 of the history. No item of the history bears it"
+    )
+    expect(last).to_contain_text("Genre 4 of what comes next. In Film 4.")
+    listed = names(card, ".items")
+    ranks = [n for n, name in enumerate(listed, 1) if int(name.split()[1]) % 5 == 4]
+    expect(last).to_contain_text(
+        "Recommended: " + ", ".join(map(str, ranks)) if ranks else "No rec"
+    )
+
+
 def test_a_very_long_history_works(address, visit: Visit) -> None:
     page = visit(address)
     page.get_by_text("Paste a list").click()

@@ -101,6 +101,22 @@ def test_the_tree_keeps_to_the_filter(steady) -> None:
     assert steady.post(ASK, json=asked | {"filter": nothing}).json()["tree"] == []
 
 
+def test_facts_of_the_trace_are_told_with_who_bears_them(client, engine, parts) -> None:
+    engine.says = parts.encoder.text("The history shares Genre 3; Genre 2. Next: Genre 4.")
+    history = ["item000"] * 6 + ["item003", "item004", "item008"]  # the model reads 8 of 9
+    asked = {"history": history, "think": True, "k": 3, "filter": {"category": "Genre 4"}}
+    assert client.post(ASK, json=asked).json()["facts"] is None
+    answer = client.post(ASK, json=asked | {"facts": True}).json()
+    shared, untrue, announced = answer["facts"]
+    assert answer["trace"][shared["start"] : shared["end"]] == shared["name"] == "Genre 3"
+    assert (shared["clause"], shared["true"], shared["history"]) == ("evidence", True, [6, 8])
+    assert (untrue["name"], untrue["true"], untrue["history"]) == ("Genre 2", False, [])
+    assert (announced["clause"], announced["true"]) == ("next", True)
+    assert announced["history"] == [7] and announced["ranks"] == [1, 2, 3]
+    plain = client.post(ASK, json=asked | {"facts": True, "think": False}).json()
+    assert plain["facts"] == []
+
+
 def test_a_search_finds_ids_then_phrases_then_words(steady) -> None:
     def found(words: str) -> list[str]:
         answer = steady.get("/v1/items", params={"title": words, "limit": 4})

@@ -144,6 +144,9 @@ class RecommendationRequest(_Message):
         default=False,
         description="tell the beam behind the trace too: the codes that it followed, as a tree",
     )
+    facts: StrictBool = Field(
+        default=False, description="tell which facts the trace names, and whether they are true"
+    )
     stream: StrictBool = Field(
         default=False,
         description="server-sent events: the thought as it is written, then the answer",
@@ -172,6 +175,18 @@ class RecommendedItem(BaseModel):
     title: str
     score: float
     sid: str
+
+
+class TraceFact(BaseModel):
+    """A fact that the trace names."""
+
+    name: str
+    clause: str = Field(description="evidence, jump or turn speak of the history, next of items")
+    start: int = Field(description="where in the trace, in Unicode characters")
+    end: int
+    true: bool = Field(description="borne by the history; announced: by an item of the catalogue")
+    history: list[int] = Field(description="places of the items that bear it, from 0, as sent")
+    ranks: list[int] = Field(description="of the recommended items that bear it, from 1")
 
 
 class TreeBranch(BaseModel):
@@ -218,6 +233,9 @@ class Answer(BaseModel):
     items: list[RecommendedItem]
     timings_ms: Timings
     ahead: Ahead | None = None
+    facts: list[TraceFact] | None = Field(
+        default=None, description="of `trace`, if asked for and the catalogue is not too large"
+    )
     tree: list[TreeBranch] | None = Field(
         default=None, description="the beam behind `trace`, or behind no thought, if asked for"
     )

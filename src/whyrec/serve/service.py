@@ -29,6 +29,7 @@ from whyrec.serve.catalogues import Catalogues
 from whyrec.serve.engine import BeamRequest
 from whyrec.serve.engine_calls import Engine, EngineCalls
 from whyrec.serve.errors import ServeError, over_limit
+from whyrec.serve.facts import Facts
 from whyrec.serve.guard import Admission
 from whyrec.serve.metrics import Metrics
 from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, ServeSettings, Timings
@@ -73,6 +74,7 @@ class Service:
         self.calls = EngineCalls(engine)
         self.catalogues = Catalogues(self.calls, folder, metrics=metrics)
         self.users = Users(folder, settings=settings)
+        self._facts = Facts(folder)
         self.admission = Admission(concurrency=self.limits.concurrency, queue=self.limits.queue)
         metrics.watch(self.admission)
         self.thoughts = read_settings(folder).thoughts
@@ -130,6 +132,18 @@ class Service:
                     asked = self._searches(plan, thoughts, prefixes)
                     told = await self.calls.beam_tree(asked[best]) if asked else []
                     tree = catalogue.branches(told)
+                trace = self._text(plan, thoughts[best]) if thoughts else ""
+                items = self._items(plan, ranking)
+                facts = None
+                if request.facts:
+                    facts = await asyncio.to_thread(
+                        self._facts.read,
+                        trace,
+                        catalogue,
+                        shown=plan.shown,
+                        older=len(found.history) - len(plan.shown),
+                        recommended=[catalogue.index(item.id, param="items") for item in items],
+                    )
                 now = time.monotonic()
                 seconds = {
                     "queue": waited,
@@ -147,10 +161,11 @@ class Service:
                     created=int(time.time()),
                     model=self.model,
                     think=mode,
-                    trace=self._text(plan, thoughts[best]) if thoughts else "",
-                    items=self._items(plan, ranking),
+                    trace=trace,
+                    items=items,
                     timings_ms=Timings(**{k: round(v * 1e3, 3) for k, v in seconds.items()}),
                     ahead=ahead,
+                    facts=facts,
                     tree=tree,
                 )
 

@@ -27,6 +27,10 @@ export class History {
     return this.#entries.map((entry) => entry.id);
   }
 
+  get names() {
+    return this.#entries.map(nameOf);
+  }
+
   /** How many of the newest items the model reads. */
   set read(number) {
     this.#read = number;

@@ -92,7 +92,8 @@ async function ask() {
   history.mark(null);
   const chosen = new FormData(byId("ask")).get("think");
   const runs = (chosen === "both" ? ["on", "off"] : [chosen]).map(
-    (think) => new Run({ think, title: canThink ? TITLES[think] : "Recommended" }),
+    (think) =>
+      new Run({ think, title: canThink ? TITLES[think] : "Recommended", names: history.names }),
   );
   byId("runs").replaceChildren(...runs.map((run) => run.card));
   byId("runs").classList.toggle("two", runs.length === 2);

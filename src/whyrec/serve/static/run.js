@@ -2,6 +2,7 @@
 
 import { ApiError, recommend } from "./api.js";
 import { el, plural, say } from "./elements.js";
+import { factList, marked } from "./facts.js";
 import { compared, itemList } from "./items.js";
 import { beamTree } from "./tree.js";
 
@@ -15,8 +16,12 @@ export class Run {
   #items = el("div");
   #tree = el("div");
 
-  constructor({ think, title }) {
+  #names;
+
+  /** `think` is "on" or "off"; `names` are those of the history's items, for facts about them. */
+  constructor({ think, title, names }) {
     this.think = think;
+    this.#names = names;
     this.answer = null;
     this.card = el(
       "article",
@@ -35,7 +40,7 @@ export class Run {
     this.card.classList.add("waiting");
     try {
       const onWords = ({ sample, text }) => this.#hear(sample, text);
-      this.answer = await recommend({ ...body, think: this.think, tree: true }, { signal, onWords });
+      this.answer = await recommend({ ...body, think: this.think, tree: true, facts: true }, { signal, onWords });
       this.#show();
     } catch (error) {
       if (signal.aborted) say(this.#note, "Stopped.");
@@ -70,13 +75,18 @@ export class Run {
   }
 
   #show() {
-    const { items, trace, timings_ms: ms, tree } = this.answer;
+    const { items, trace, facts, timings_ms: ms, tree } = this.answer;
     this.#time.textContent = `${(ms.total / 1000).toFixed(2)} s`;
     const several = this.#thoughts.length > 1;
     const chosen = this.#thoughts.find((thought) => thought?.text.textContent === trace);
     if (several && chosen) {
       chosen.block.classList.add("chosen");
       chosen.label.append(" · speaks most for the first item");
+    }
+    if (chosen && facts?.length) {
+      this.#log.setAttribute("aria-live", "off"); // what was said is not to be said again
+      chosen.text.replaceChildren(...marked(trace, facts));
+      chosen.block.append(factList(facts, this.#names));
     }
     if (this.think === "on" && trace === "") say(this.#note, "The thought was empty.");
     if (several) say(this.#note, "The items mix what the thoughts lead to; the tree is that of one.");
