@@ -91,7 +91,7 @@ def recommend(page: Page) -> list[Locator]:
     """Press the button; the cards, when all of them are whole."""
     page.get_by_role("button", name="Recommend").click()
     expect(page.locator(".run").first).to_be_attached()
-    expect(page.locator(".run[aria-busy=true]")).to_have_count(0)
+    expect(page.locator(".run.waiting")).to_have_count(0)
     return page.locator(".run").all()
 
 

@@ -15,7 +15,6 @@ export class Run {
   #note = el("p", { class: "soft", hidden: true });
   #items = el("div");
   #tree = el("div");
-
   #names;
 
   /** `think` is "on" or "off"; `names` are those of the history's items, for facts about them. */
@@ -25,7 +24,7 @@ export class Run {
     this.answer = null;
     this.card = el(
       "article",
-      { class: "panel run", "aria-busy": "true", "aria-label": title },
+      { class: "panel run waiting", "aria-label": title },
       el("div", { class: "heading" }, el("h2", {}, title), this.#time),
       think === "on" ? this.#log : null,
       this.#note,
@@ -37,7 +36,6 @@ export class Run {
 
   /** Asks the server and shows what comes; whether it came to its end. */
   async start(body, signal) {
-    this.card.classList.add("waiting");
     try {
       const onWords = ({ sample, text }) => this.#hear(sample, text);
       this.answer = await recommend({ ...body, think: this.think, tree: true, facts: true }, { signal, onWords });
@@ -48,7 +46,6 @@ export class Run {
       else throw error;
       this.error = signal.aborted ? null : error;
     } finally {
-      this.card.setAttribute("aria-busy", "false");
       this.card.classList.remove("waiting");
     }
     return this.answer !== null;
