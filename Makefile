@@ -44,9 +44,9 @@ beauty: .venv/ready
 	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --language \
 		--sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
-# The tests of `serve` run a real vLLM on the CPU.
+# The tests of `serve` run a real vLLM on the CPU; those that share one are a group.
 test: lint .venv/serve
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -12,6 +12,7 @@ import torch
 from conftest import NUM_ITEMS
 from whyrec import Recommender
 from whyrec.catalog.dataset import Item, read_items, write_items
+from whyrec.decode.permitted import Rule
 from whyrec.evaluation.beam_tree import Branch, beam_tree
 from whyrec.evaluation.inspection import (
     Inspector,
@@ -67,7 +68,8 @@ def test_the_tree_holds_the_models_own_probabilities(plain: Inspector, extended,
     recommender = plain.recommender
     history = [3, 4, 5]
     prompt = recommender.encoder.recommendation_prompt(history)
-    items, branches = beam_tree(recommender.decoder, prompt, width=width, excluded=history)
+    rule = Rule(excluded=history)
+    items, branches = beam_tree(recommender.decoder, prompt, width=width, rule=rule)
     found = leaves(branches)
     codes_NL = extended.codes_NL.tolist()
     for path, branch in found.items():

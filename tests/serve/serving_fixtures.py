@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.model_folder import ModelFolder, load_model_folder
 from whyrec.decode.permitted import Rule
 from whyrec.decode.think import Thinker
+from whyrec.evaluation.beam_tree import beam_tree
 from whyrec.serve.app import make_app
 from whyrec.serve.engine import BeamRequest
 from whyrec.serve.schema import Limits, ServeSettings
@@ -49,6 +52,7 @@ class LocalEngine:
         self.delay = 0.0  # seconds a token
         self.thinking = self.beaming = 0
         self.asked: list[BeamRequest] = []
+        self.says: list[int] = []  # token ids, in place of what the model would think
         self.hold: asyncio.Event | None = None  # a beam waits for it
         self.thinker = Thinker(self._decoder(0), parts.encoder)
 
@@ -87,6 +91,14 @@ class LocalEngine:
         finally:
             self.beaming -= 1
 
+    async def beam_tree(self, request: BeamRequest) -> list[dict[str, Any]]:
+        assert request.catalogue is not None and self.pins[request.catalogue] > 0
+        rule = Rule(request.excluded, request.allowed, request.prefixes)
+        _, branches = beam_tree(
+            self._decoder(request.catalogue), request.prompt_ids, width=request.width, rule=rule
+        )
+        return [asdict(branch) for branch in branches]
+
     async def think(
         self,
         prompt_ids: list[int],
@@ -107,7 +119,7 @@ class LocalEngine:
                 temperature=temperature,
                 seed=0,
             )
-            for token in drawn.thought(0, seed):
+            for token in self.says or drawn.thought(0, seed):
                 await asyncio.sleep(self.delay)
                 self._check()
                 yield [token]

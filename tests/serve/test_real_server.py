@@ -44,12 +44,12 @@ def folder(prepared_run, tokenizer, tmp_path_factory) -> Path:
 class Server:
     """The command, in a process of its own."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, *more: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "whyrec.cli", "serve", str(folder), "--port", str(port)]
-        options = ["--enforce-eager", "--max-model-len", "384", "--max-num-seqs", "16"]
+        options = ["--enforce-eager", "--max-model-len", "384", "--max-num-seqs", "16", *more]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         with log.open("wb") as file:
             self.process = subprocess.Popen([*command, *options], stdout=file, stderr=file)

@@ -494,7 +494,7 @@ def test_random_requests_find_no_5xx(make) -> None:
     with listening(app) as address:
         schema = schemathesis.openapi.from_dict(app.openapi())
         operations = [found.ok() for found in schema.get_all_operations()]
-        assert len(operations) == 7
+        assert len(operations) == 9
 
         @settings(
             max_examples=80,

@@ -10,6 +10,7 @@ from served_models import one_llm, one_served
 
 from whyrec import Recommender
 from whyrec.decode.permitted import Rule
+from whyrec.evaluation.beam_tree import Branch, beam_tree
 from whyrec.sid.trie import Trie
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'whyrec[serve-cpu]'")
@@ -168,3 +169,21 @@ def test_fixed_shapes_on_vllm_equal_the_reference(llm, worker, recommender) -> N
     for found in llm.collective_rpc(graphed)[0]:
         assert torch.equal(found.items_UW, expected.items_UW)
         torch.testing.assert_close(found.scores_UW, expected.scores_UW, atol=1e-4, rtol=0)
+
+
+def test_the_tree_is_that_of_the_reference(worker: Any, recommender: Recommender) -> None:
+    prompt = recommender.encoder.recommendation_prompt([3, 4, 5])
+    rule = Rule(excluded=[3, 4, 5, 8])
+    _, expected = beam_tree(recommender.decoder, prompt, width=6, rule=rule)
+
+    def same_branches(told: list[dict[str, Any]], branches: list[Branch]) -> None:
+        for one, branch in zip(told, branches, strict=True):
+            assert (one["code"], one["item"], one["left"]) == (
+                branch.code,
+                branch.item,
+                branch.left,
+            )
+            assert one["log_prob"] == pytest.approx(branch.log_prob, abs=1e-4)
+            same_branches(one["children"], branch.children)
+
+    same_branches(worker.beam_tree(0, prompt, 6, [rule.excluded, None, None]), expected)

@@ -54,6 +54,10 @@ class BeamDecoder:
         vocabulary: where those tokens are.
         trie: the catalogue's SIDs.
 
+    Attributes:
+        host_trie: the trie where asking it costs no wait for a device.
+        ranks_N: its `item_ranks`, there.
+
     Raises:
         ValueError: when the model's attention cannot run on trees.
     """
@@ -68,8 +72,8 @@ class BeamDecoder:
         self.vocabulary = vocabulary
         self.device = self.tree.device
         self.trie = trie.to(self.device)
-        self._host_trie = trie.to("cpu")
-        self._ranks_N = self._host_trie.item_ranks().numpy()
+        self.host_trie = trie.to("cpu")
+        self.ranks_N = self.host_trie.item_ranks().numpy()
 
     @torch.no_grad()
     def prefill(
@@ -97,7 +101,7 @@ class BeamDecoder:
     def permitted(self, rules: Sequence[Rule], *, intervals: int = 1) -> Permitted:
         """Intervals of the items that each user may be given; see `Permitted.of`."""
         return Permitted.of(
-            rules, trie=self._host_trie, ranks_N=self._ranks_N, intervals=intervals
+            rules, trie=self.host_trie, ranks_N=self.ranks_N, intervals=intervals
         ).to(self.device)
 
     @torch.no_grad()

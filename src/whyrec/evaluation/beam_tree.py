@@ -5,7 +5,7 @@ they are read once more: each gives the probabilities of the codes that may foll
 tree tells of every branch what it had before its siblings took over. Along the path to an item the
 logarithms add up to its score.
 
-    items, branches = beam_tree(decoder, prompt, width=20, excluded=history)
+    items, branches = beam_tree(decoder, prompt, width=20, rule=Rule(excluded=history))
     branches[0].code, branches[0].probability, branches[0].children
 """
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from whyrec.decode.beam import BeamDecoder, Prefilled
+from whyrec.decode.permitted import Rule
+from whyrec.decode.prompt_cache import PromptCache
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import code_token
 
@@ -47,7 +49,8 @@ def beam_tree(
     prompt: Sequence[int],
     *,
     width: int,
-    excluded: Sequence[int] = (),
+    rule: Rule | None = None,
+    cache: PromptCache | None = None,
 ) -> tuple[list[tuple[int, float]], list[Branch]]:
     """Search from one prompt, and tell the tree that was searched.
 
@@ -55,41 +58,42 @@ def beam_tree(
         decoder: of the model.
         prompt: token ids, ending in `<|sid_begin|>`.
         width: of the beam.
-        excluded: item indices that must not come.
+        rule: which items may come; None allows all.
+        cache: as for `BeamDecoder.prefill`.
 
     Returns:
         Items with their log-probabilities, best first, and the branches behind the root. A prefix
         that the beam left and for which it computed nothing, since only one item has it, is not
         told.
     """
-    prefilled = decoder.prefill([prompt], width=width)
-    beams = decoder.search(prefilled, width=width, excluded=[list(excluded)])
+    permitted = None if rule is None else decoder.permitted([rule])
+    prefilled = decoder.prefill([prompt], width=width, cache=cache)
+    beams = decoder.search(prefilled, width=width, permitted=permitted)
     pairs = zip(beams.items_UW[0].tolist(), beams.scores_UW[0].tolist(), strict=True)
     items = [(item, score) for item, score in pairs if item >= 0]
-    trie = decoder.trie
-    leaf_of = (trie.item_ranks() + trie.num_internal).tolist()
-    paths = {item: _codes(trie, leaf_of[item]) for item, _ in items}
-    followed = {codes[:depth] for codes in paths.values() for depth in range(1, len(codes) + 1)}
+    trie = decoder.host_trie
+    leaves = {_codes(trie, int(decoder.ranks_N[i]) + trie.num_internal): i for i, _ in items}
+    followed = {codes[:depth] for codes in leaves for depth in range(1, len(codes) + 1)}
     computed = {_codes(trie, n) for n in prefilled.nodes_UB[0].unique().tolist() if n > 0}
     probabilities = _probabilities(decoder, prefilled, followed | computed)
-    leaves = {codes: item for item, codes in paths.items()}
+    behind: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for codes in probabilities:
+        behind.setdefault(codes[:-1], []).append(codes)
 
     def grow(prefix: tuple[int, ...], log_prob: float) -> list[Branch]:
-        depth = len(prefix) + 1
         found = []
-        for codes in followed | computed:
-            if len(codes) == depth and codes[:-1] == prefix:
-                total = log_prob + probabilities[codes]
-                found.append(
-                    Branch(
-                        code_token(depth - 1, codes[-1]),
-                        math.exp(probabilities[codes]),
-                        total,
-                        leaves.get(codes),
-                        grow(codes, total),
-                        codes not in followed,
-                    )
+        for codes in behind.get(prefix, []):
+            total = log_prob + probabilities[codes]
+            found.append(
+                Branch(
+                    code_token(len(prefix), codes[-1]),
+                    math.exp(probabilities[codes]),
+                    total,
+                    leaves.get(codes),
+                    grow(codes, total),
+                    codes not in followed,
                 )
+            )
         return sorted(found, key=lambda branch: (branch.left, -branch.log_prob, branch.code))
 
     return items, grow((), 0.0)
@@ -108,28 +112,26 @@ def _probabilities(
     decoder: BeamDecoder, prefilled: Prefilled, prefixes: set[tuple[int, ...]]
 ) -> dict[tuple[int, ...], float]:
     """Log-probability of the last code of each prefix, among those that may stand there."""
-    trie, vocabulary = decoder.trie, decoder.vocabulary
-    found = {}
-    for before in {codes[:-1] for codes in prefixes}:
-        level = len(before)
-        node_1 = trie.walk(torch.tensor([before], dtype=torch.long, device=decoder.device))
-        known, _, hidden_11D = prefilled.find(node_1[None])
-        legal_K = trie.children(node_1, level=level)[0] >= 0
+    vocabulary, found = decoder.vocabulary, dict[tuple[int, ...], float]()
+    for level in range(vocabulary.num_levels):
+        wanted = sorted(codes for codes in prefixes if len(codes) == level + 1)
+        if not wanted:
+            break
+        row_of = {before: row for row, before in enumerate(dict.fromkeys(c[:-1] for c in wanted))}
+        before_PL = torch.tensor(list(row_of), dtype=torch.long, device=decoder.device)
+        nodes_1P = decoder.trie.walk(before_PL.view(len(row_of), level))[None]
+        legal_PK = decoder.trie.children(nodes_1P, level=level)[0] >= 0
+        known_1P, _, hidden_1PD = prefilled.find(nodes_1P)
         if level == 0:
-            hidden_D = prefilled.last_hidden_UD[0]
-        elif bool(known[0, 0]):
-            hidden_D = hidden_11D[0, 0]
+            hidden_1PD = prefilled.last_hidden_UD[:, None]
         else:
-            assert int(legal_K.sum()) == 1  # only forced codes are never computed
-            hidden_D = None
-        if hidden_D is None:
-            log_probs_K = torch.zeros(len(legal_K))
-        else:
-            first = vocabulary.offsets[level]
-            rows_KD = decoder.tree.head_rows(first, first + vocabulary.level_sizes[level])
-            logits_K = (hidden_D.to(rows_KD.dtype) @ rows_KD.T).float()
-            log_probs_K = logits_K.masked_fill(~legal_K, -torch.inf).log_softmax(-1)
-        for codes in prefixes:
-            if codes[:-1] == before:
-                found[codes] = float(log_probs_K[codes[-1]])
+            # Only forced codes are never computed; of one code the probability is 1 in any case.
+            assert bool((known_1P[0] | (legal_PK.sum(-1) == 1)).all())
+        first = vocabulary.offsets[level]
+        rows_KD = decoder.tree.head_rows(first, first + vocabulary.level_sizes[level])
+        logits_PK = (hidden_1PD[0].to(rows_KD.dtype) @ rows_KD.T).float()
+        log_probs_PK = logits_PK.masked_fill(~legal_PK, -torch.inf).log_softmax(-1)
+        rows = [row_of[codes[:-1]] for codes in wanted]
+        last = [codes[-1] for codes in wanted]
+        found |= zip(wanted, log_probs_PK[rows, last].tolist(), strict=True)
     return found

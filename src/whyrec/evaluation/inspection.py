@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from whyrec.catalog.dataset import Dataset
+from whyrec.decode.permitted import Rule
 from whyrec.decode.recommender import Recommender
 from whyrec.evaluation.beam_tree import Branch, beam_tree
 from whyrec.evaluation.codes import name_of
@@ -183,7 +184,8 @@ class Inspector:
             else encoder.answer_prompt(shown, ids)
         )
         width = min(max(width, k), len(recommender.items))
-        found, tree = beam_tree(recommender.decoder, prompt, width=width, excluded=history)
+        rule = Rule(excluded=history)
+        found, tree = beam_tree(recommender.decoder, prompt, width=width, rule=rule)
         trace = None
         if ids is not None:
             assert thought is not None

@@ -12,6 +12,7 @@ recommended.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,14 @@ from whyrec.decode.add_items import read_retired
 from whyrec.decode.model_folder import folder_encoder, read_catalogue, read_settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.serve.errors import ServeError, shown
-from whyrec.serve.schema import CatalogueItem, Event, Filter, HistoryEntry, RecommendedItem
+from whyrec.serve.schema import (
+    CatalogueItem,
+    Event,
+    Filter,
+    HistoryEntry,
+    RecommendedItem,
+    TreeBranch,
+)
 from whyrec.sid.vocabulary import SidVocabulary, sid_text
 
 _NAMES_TO_COMPARE = 5_000  # to look through more would hold up everybody else
@@ -54,11 +62,13 @@ class Catalogue:
         self._codes_NL = codes_NL.numpy()
         self._by_id = {item.item_id: n for n, item in enumerate(items)}
         self._by_title: dict[str, list[int]] = {}
+        self._titles: list[str] = []  # folded
         self._by_category: dict[str, list[int]] = {}
         self._by_brand: dict[str, list[int]] = {}
         self._prefixes: dict[int, np.ndarray] = {}  # by depth, sorted; made when asked for
         for n, item in enumerate(items):
-            self._by_title.setdefault(_fold(item.title), []).append(n)
+            self._titles.append(_fold(item.title))
+            self._by_title.setdefault(self._titles[-1], []).append(n)
             if n < num_live:
                 self._by_brand.setdefault(_fold(item.brand), []).append(n)
                 for category in set(map(_fold, item.categories)):
@@ -191,13 +201,39 @@ class Catalogue:
         )
 
     def search(self, words: str, *, limit: int) -> list[int]:
-        """Live items whose titles hold some words, in the order of the catalogue."""
-        wanted, found = _fold(words), list[int]()
-        for n, item in enumerate(self.items[: self.num_live]):
-            if wanted in _fold(item.title):
-                found.append(n)
-                if len(found) == limit:
-                    break
+        """Live items whose titles hold some words, in the order of the catalogue.
+
+        The item with that very id comes first, since it may have no title to be found by; behind
+        those that say the words as given come those that say each of them somewhere.
+        """
+        wanted, titles = _fold(words), self._titles[: self.num_live]
+        named = self.find(words.strip())
+        found = dict.fromkeys([named] if named is not None and named < self.num_live else [])
+        each = wanted.split()
+        for holds in (lambda title: wanted in title, lambda title: all(w in title for w in each)):
+            for n, title in enumerate(titles):
+                if len(found) >= limit:
+                    return list(found)
+                if holds(title):
+                    found[n] = None
+        return list(found)
+
+    def branches(self, told: Sequence[dict[str, Any]]) -> list[TreeBranch]:
+        """The engine's beam tree with ids and titles at its leaves."""
+        found = []
+        for branch in told:
+            item = None if branch["item"] is None else self.items[branch["item"]]
+            found.append(
+                TreeBranch(
+                    code=branch["code"],
+                    probability=branch["probability"],
+                    log_prob=branch["log_prob"],
+                    id=item and item.item_id,
+                    title=item and item.title,
+                    left=branch["left"],
+                    children=self.branches(branch["children"]),
+                )
+            )
         return found
 
     def _entry(self, entry: HistoryEntry, param: str) -> int:

@@ -160,6 +160,25 @@ class ServingEngine:
         finally:
             self._leave(version)
 
+    async def beam_tree(self, request: BeamRequest) -> list[dict[str, Any]]:
+        """The tree that `beam` searches: branches as in `evaluation.beam_tree`, as dictionaries.
+
+        It is an RPC of its own, for people who look into one recommendation.
+
+        Raises:
+            ValueError: for what the worker must not see.
+        """
+        await self.start()
+        version = self._newest if request.catalogue is None else request.catalogue
+        self._check(request, version)
+        rule = [request.excluded, request.allowed, request.prefixes]
+        self._uses[version] += 1
+        try:
+            arguments = (version, request.prompt_ids, request.width, rule)
+            return (await self._client.collective_rpc("whyrec_beam_tree", args=arguments))[0]
+        finally:
+            self._leave(version)
+
     async def think(
         self,
         prompt_ids: list[int],

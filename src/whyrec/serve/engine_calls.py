@@ -34,6 +34,8 @@ class Engine(Protocol):
 
     async def beam(self, request: BeamRequest) -> list[tuple[int, float]]: ...
 
+    async def beam_tree(self, request: BeamRequest) -> list[dict[str, Any]]: ...
+
     def think(
         self,
         prompt_ids: list[int],
@@ -64,6 +66,10 @@ class EngineCalls:
     async def beam(self, request: BeamRequest) -> list[tuple[int, float]]:
         """`Engine.beam`."""
         return await self._while_alive(self.engine.beam(request))
+
+    async def beam_tree(self, request: BeamRequest) -> list[dict[str, Any]]:
+        """`Engine.beam_tree`."""
+        return await self._while_alive(self.engine.beam_tree(request))
 
     async def think(
         self,

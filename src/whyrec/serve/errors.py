@@ -17,6 +17,21 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from whyrec.serve.schema import ErrorAnswer
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in {
+        400: "the request is not well-formed, or above a limit, which `code` names",
+        401: "no API key, or a wrong one",
+        404: "an item or a user that the server does not know",
+        409: "the catalogue is not in the state that the change asks for",
+        413: "the body is above the limit",
+        429: "too many requests wait; come again after `Retry-After` seconds",
+        500: "a fault of the server",
+        503: "the engine has stopped, or the server is about to",
+    }.items()
+}
 _log = logging.getLogger("whyrec.serve")
 _SHOWN = 200  # characters of somebody's value that an error repeats
 

@@ -1,5 +1,7 @@
 """The routes: `/v1/recommendations`, `/v1/items`, `/health`, and `/metrics` where vLLM has none.
 
+Those of the page at `/` stand in `page.py`.
+
     attach(app, settings)            # the routes; once there is an engine:
     app.state.whyrec = Service(engine, folder, settings=settings, metrics=Metrics())
 
@@ -15,20 +17,18 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from whyrec.serve.errors import ServeError, TypedRoute, engine_stopped, fault, over_limit
+from whyrec.serve import page
+from whyrec.serve.errors import ERRORS, ServeError, TypedRoute, engine_stopped, fault, over_limit
 from whyrec.serve.guard import Guard
 from whyrec.serve.schema import (
     Answer,
     CatalogueItem,
-    ErrorAnswer,
     Health,
     ItemsAnswer,
     ItemsRequest,
@@ -36,27 +36,13 @@ from whyrec.serve.schema import (
     RetireRequest,
     ServeSettings,
 )
-from whyrec.serve.service import Service
+from whyrec.serve.service import Service, service_of
 from whyrec.serve.thoughts import Words
 
 T = TypeVar("T")
 log = logging.getLogger("whyrec.serve")
 
-_PAGE = Path(__file__).with_name("static")
 _GONE = 499  # nginx's number for a client that did not wait; it is only counted, never sent
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in {
-        400: "the request is not well-formed, or above a limit, which `code` names",
-        401: "no API key, or a wrong one",
-        404: "an item or a user that the server does not know",
-        409: "the catalogue is not in the state that the change asks for",
-        413: "the body is above the limit",
-        429: "too many requests wait; come again after `Retry-After` seconds",
-        500: "a fault of the server",
-        503: "the engine has stopped, or the server is about to",
-    }.items()
-}
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
@@ -67,9 +53,9 @@ router = APIRouter(route_class=TypedRoute)
 
 def attach(app: FastAPI, settings: ServeSettings) -> None:
     """Add the routes and what guards them to an application that has not started yet."""
-    app.router.routes.extend(router.routes)  # one by one, so that ours can replace vLLM's /health
-    if _PAGE.is_dir():
-        app.mount("/static", StaticFiles(directory=_PAGE), name="whyrec-page")
+    # One by one, so that ours can replace vLLM's /health.
+    app.router.routes.extend([*router.routes, *page.router.routes])
+    app.mount("/static", page.Files(directory=page.FOLDER), name="whyrec-page")
 
     async def healthy() -> bool:
         service = getattr(app.state, "whyrec", None)
@@ -82,12 +68,12 @@ def attach(app: FastAPI, settings: ServeSettings) -> None:
 @router.post(
     "/v1/recommendations",
     response_model=Answer,
-    responses=_ERRORS | _STREAM,
+    responses=ERRORS | _STREAM,
     summary="Recommend items of the catalogue to a user",
 )
 async def recommendations(request: Request, body: RecommendationRequest) -> Response:
     """Say why, if asked to, and then name the items that come next for a user."""
-    service = _service(request)
+    service = service_of(request)
     request_id = f"rec-{uuid.uuid4().hex}"
     facts: dict[str, object] = {
         "request": request_id,
@@ -116,59 +102,59 @@ async def recommendations(request: Request, body: RecommendationRequest) -> Resp
     return JSONResponse(answer.model_dump())
 
 
-@router.get("/v1/items", response_model=ItemsAnswer, responses=_ERRORS, summary="Search titles")
+@router.get("/v1/items", response_model=ItemsAnswer, responses=ERRORS, summary="Search titles")
 async def items(
     request: Request,
-    title: Annotated[str, Query(max_length=200, description="words of the title")] = "",
+    title: Annotated[str, Query(max_length=200, description="words of the title, or an id")] = "",
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> ItemsAnswer:
-    """Items whose titles hold some words, in the order of the catalogue."""
-    catalogue = _service(request).catalogues.newest
+    """Items whose titles hold all the words, in the order of the catalogue."""
+    catalogue = service_of(request).catalogues.newest
     found = await asyncio.to_thread(catalogue.search, title, limit=limit)
     return ItemsAnswer(items=[catalogue.item(n) for n in found], catalogue=catalogue.num_live)
 
 
 @router.get(
-    "/v1/items/{item_id:path}", response_model=CatalogueItem, responses=_ERRORS, summary="One item"
+    "/v1/items/{item_id:path}", response_model=CatalogueItem, responses=ERRORS, summary="One item"
 )
 async def item(request: Request, item_id: str) -> CatalogueItem:
     """What the catalogue says of an item, retired ones too."""
-    catalogue = _service(request).catalogues.newest
+    catalogue = service_of(request).catalogues.newest
     return catalogue.item(catalogue.index(item_id, param="item_id"))
 
 
-@router.post("/v1/items", response_model=ItemsAnswer, responses=_ERRORS, summary="Add items")
+@router.post("/v1/items", response_model=ItemsAnswer, responses=ERRORS, summary="Add items")
 async def add_items(request: Request, body: ItemsRequest) -> ItemsAnswer:
     """Give new items SIDs, or bring retired ones back; they can be recommended at once."""
-    service = _service(request)
+    service = service_of(request)
     _check_edit(service, len(body.items), "items")
     return await _edited(service, "items_added", service.catalogues.add(body.items))
 
 
 @router.post(
-    "/v1/items/encode", response_model=ItemsAnswer, responses=_ERRORS, summary="Encode items again"
+    "/v1/items/encode", response_model=ItemsAnswer, responses=ERRORS, summary="Encode items again"
 )
 async def encode_items(request: Request, body: ItemsRequest) -> ItemsAnswer:
     """Replace what is known of items, and give them the SIDs that it asks for."""
-    service = _service(request)
+    service = service_of(request)
     _check_edit(service, len(body.items), "items")
     return await _edited(service, "items_encoded", service.catalogues.encode(body.items))
 
 
 @router.post(
-    "/v1/items/retire", response_model=ItemsAnswer, responses=_ERRORS, summary="Retire items"
+    "/v1/items/retire", response_model=ItemsAnswer, responses=ERRORS, summary="Retire items"
 )
 async def retire_items(request: Request, body: RetireRequest) -> ItemsAnswer:
     """Recommend some items no more; histories may still hold them."""
-    service = _service(request)
+    service = service_of(request)
     _check_edit(service, len(body.ids), "ids")
     return await _edited(service, "items_retired", service.catalogues.retire(body.ids))
 
 
-@router.get("/health", response_model=Health, responses={503: _ERRORS[503]}, summary="Is it well?")
+@router.get("/health", response_model=Health, responses={503: ERRORS[503]}, summary="Is it well?")
 async def health(request: Request) -> Health:
     """200 while requests are answered; 503 once the engine has died or the server is stopping."""
-    service = _service(request)
+    service = service_of(request)
     if service.admission.draining:
         raise ServeError("this server is stopping", code="stopping", status=503)
     if not await service.calls.healthy():
@@ -176,25 +162,10 @@ async def health(request: Request) -> Health:
     return Health(model=service.model, items=service.catalogues.newest.num_live)
 
 
-@router.get("/", include_in_schema=False)
-async def page(request: Request) -> Response:
-    """The page, where there is one; else a word about where the API is described."""
-    if (_PAGE / "index.html").is_file():
-        return FileResponse(_PAGE / "index.html")
-    return JSONResponse({"model": _service(request).model, "docs": "/docs", "health": "/health"})
-
-
 async def metrics(request: Request) -> Response:
     """`/metrics` for an application that is not vLLM's."""
-    registry = _service(request).metrics.registry
+    registry = service_of(request).metrics.registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _service(request: Request) -> Service:
-    service = getattr(request.app.state, "whyrec", None)
-    if service is None:
-        raise ServeError("the model is being loaded; try again", code="loading", status=503)
-    return service
 
 
 def _check_edit(service: Service, number: int, param: str) -> None:

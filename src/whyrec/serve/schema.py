@@ -140,6 +140,13 @@ class RecommendationRequest(_Message):
     beam_width: int | None = Field(
         default=None, ge=1, description="at least k is used; 2 k when missing"
     )
+    tree: StrictBool = Field(
+        default=False,
+        description="tell the beam behind the trace too: the codes that it followed, as a tree",
+    )
+    facts: StrictBool = Field(
+        default=False, description="tell which facts the trace names, and whether they are true"
+    )
     stream: StrictBool = Field(
         default=False,
         description="server-sent events: the thought as it is written, then the answer",
@@ -168,6 +175,30 @@ class RecommendedItem(BaseModel):
     title: str
     score: float
     sid: str
+
+
+class TraceFact(BaseModel):
+    """A fact that the trace names."""
+
+    name: str
+    clause: str = Field(description="evidence, jump or turn speak of the history, next of items")
+    start: int = Field(description="where in the trace, in Unicode characters")
+    end: int
+    true: bool = Field(description="borne by the history; announced: by an item of the catalogue")
+    history: list[int] = Field(description="places of the items that bear it, from 0, as sent")
+    ranks: list[int] = Field(description="of the recommended items that bear it, from 1")
+
+
+class TreeBranch(BaseModel):
+    """A code after a prefix that the beam followed; at a leaf stands an item."""
+
+    code: str
+    probability: float = Field(description="of the code among those that may follow its prefix")
+    log_prob: float = Field(description="of the prefix with the code")
+    id: str | None = Field(default=None, description="of the item at a leaf")
+    title: str | None = None
+    left: bool = Field(default=False, description="none of its items is among the beam's last")
+    children: list["TreeBranch"] = Field(default_factory=list, description="the likeliest first")
 
 
 class Timings(BaseModel):
@@ -202,6 +233,12 @@ class Answer(BaseModel):
     items: list[RecommendedItem]
     timings_ms: Timings
     ahead: Ahead | None = None
+    facts: list[TraceFact] | None = Field(
+        default=None, description="of `trace`, if asked for and the catalogue is not too large"
+    )
+    tree: list[TreeBranch] | None = Field(
+        default=None, description="the beam behind `trace`, or behind no thought, if asked for"
+    )
 
 
 class NewItem(_Message):

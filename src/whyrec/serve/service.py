@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastapi import Request
 
 from whyrec.decode.model_folder import read_settings
 from whyrec.decode.ranking import Ranking
@@ -28,6 +29,7 @@ from whyrec.serve.catalogues import Catalogues
 from whyrec.serve.engine import BeamRequest
 from whyrec.serve.engine_calls import Engine, EngineCalls
 from whyrec.serve.errors import ServeError, over_limit
+from whyrec.serve.facts import Facts
 from whyrec.serve.guard import Admission
 from whyrec.serve.metrics import Metrics
 from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, ServeSettings, Timings
@@ -57,6 +59,9 @@ class Service:
         settings: see `ServeSettings`.
         metrics: where it counts.
 
+    Attributes:
+        thoughts: how the model thinks; None when it has not learnt to.
+
     Raises:
         ValueError: when the folder, the run or the store cannot be read.
     """
@@ -69,9 +74,10 @@ class Service:
         self.calls = EngineCalls(engine)
         self.catalogues = Catalogues(self.calls, folder, metrics=metrics)
         self.users = Users(folder, settings=settings)
+        self._facts = Facts(folder)
         self.admission = Admission(concurrency=self.limits.concurrency, queue=self.limits.queue)
         metrics.watch(self.admission)
-        self._thoughts = read_settings(folder).thoughts
+        self.thoughts = read_settings(folder).thoughts
 
     async def recommend(
         self, request: RecommendationRequest, *, request_id: str
@@ -95,12 +101,12 @@ class Service:
                 thoughts: list[list[int]] = []
                 prefixes: list[list[list[int]]] | None = None
                 if request.mode == "on":
-                    assert self._thoughts is not None
+                    assert self.thoughts is not None
                     writing = write_thoughts(
                         self.calls,
                         catalogue.encoder,
                         catalogue.encoder.thinking_prompt(plan.shown),
-                        how=self._thoughts,
+                        how=self.thoughts,
                         into=thoughts,
                         request_id=request_id,
                     )
@@ -117,8 +123,27 @@ class Service:
                     thoughts = []
                     assert ahead is not None
                     ahead = Ahead(used=False, reason="too few items inside the prepared prefixes")
+                    prefixes = None
                     rankings = await self._search(plan, thoughts, None)
                     ranking = self._mixed(plan, rankings)
+                best = self._best(rankings, ranking)
+                tree = None
+                if request.tree:
+                    asked = self._searches(plan, thoughts, prefixes)
+                    told = await self.calls.beam_tree(asked[best]) if asked else []
+                    tree = catalogue.branches(told)
+                trace = self._text(plan, thoughts[best]) if thoughts else ""
+                items = self._items(plan, ranking)
+                facts = None
+                if request.facts:
+                    facts = await asyncio.to_thread(
+                        self._facts.read,
+                        trace,
+                        catalogue,
+                        shown=plan.shown,
+                        older=len(found.history) - len(plan.shown),
+                        recommended=[catalogue.index(item.id, param="items") for item in items],
+                    )
                 now = time.monotonic()
                 seconds = {
                     "queue": waited,
@@ -136,10 +161,12 @@ class Service:
                     created=int(time.time()),
                     model=self.model,
                     think=mode,
-                    trace=self._trace(plan, thoughts, rankings, ranking),
-                    items=self._items(plan, ranking),
+                    trace=trace,
+                    items=items,
                     timings_ms=Timings(**{k: round(v * 1e3, 3) for k, v in seconds.items()}),
                     ahead=ahead,
+                    facts=facts,
+                    tree=tree,
                 )
 
     async def close(self) -> None:
@@ -159,7 +186,7 @@ class Service:
         ):
             if value > getattr(self.limits, name):
                 raise over_limit(name, value, getattr(self.limits, name), param=param)
-        if request.mode == "on" and self._thoughts is None:
+        if request.mode == "on" and self.thoughts is None:
             raise ServeError(
                 "this model has not learnt to think; leave `think` off, or serve one that "
                 "`whyrec activate` has trained",
@@ -190,34 +217,40 @@ class Service:
             k=request.k,
         )
 
+    def _searches(
+        self,
+        plan: _Plan,
+        thoughts: Sequence[Sequence[int]],
+        prefixes: Sequence[list[list[int]]] | None,
+    ) -> list[BeamRequest]:
+        """The beam behind each thought, or behind none; no beams where no item may come."""
+        encoder = plan.catalogue.encoder
+        prompts = [encoder.answer_prompt(plan.shown, thought) for thought in thoughts]
+        prompts = prompts or [encoder.recommendation_prompt(plan.shown)]
+        if plan.allowed == []:
+            return []
+        return [
+            BeamRequest(
+                prompt_ids=prompt,
+                width=plan.width,
+                k=plan.width,
+                excluded=plan.barred,
+                allowed=plan.allowed,
+                prefixes=None if prefixes is None else prefixes[row],
+                catalogue=plan.version,
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+
     async def _search(
         self,
         plan: _Plan,
         thoughts: Sequence[Sequence[int]],
         prefixes: Sequence[list[list[int]]] | None,
     ) -> list[Ranking]:
-        """The beam behind each thought, or behind none."""
-        encoder = plan.catalogue.encoder
-        prompts = [encoder.answer_prompt(plan.shown, thought) for thought in thoughts]
-        prompts = prompts or [encoder.recommendation_prompt(plan.shown)]
-        if plan.allowed == []:
-            return []
-        answers = await asyncio.gather(
-            *(
-                self.calls.beam(
-                    BeamRequest(
-                        prompt_ids=prompt,
-                        width=plan.width,
-                        k=plan.width,
-                        excluded=plan.barred,
-                        allowed=plan.allowed,
-                        prefixes=None if prefixes is None else prefixes[row],
-                        catalogue=plan.version,
-                    )
-                )
-                for row, prompt in enumerate(prompts)
-            )
-        )
+        """What those beams find."""
+        searches = self._searches(plan, thoughts, prefixes)
+        answers = await asyncio.gather(*map(self.calls.beam, searches))
         rankings = []
         for answer in answers:
             legal = [(n, score) for n, score in answer if 0 <= n < plan.catalogue.num_live]
@@ -235,18 +268,12 @@ class Service:
             return rankings[0] if rankings else None
         return fuse(rankings, weights=[1] * len(rankings), width=plan.width)
 
-    def _trace(
-        self,
-        plan: _Plan,
-        thoughts: Sequence[Sequence[int]],
-        rankings: Sequence[Ranking],
-        ranking: Ranking | None,
-    ) -> str:
-        """The thought that speaks most for the first item."""
-        if not thoughts:
-            return ""
-        best = 0 if ranking is None else speaks_most(rankings, ranking)
-        return plan.catalogue.encoder.tokenizer.decode(list(thoughts[best]))
+    def _best(self, rankings: Sequence[Ranking], ranking: Ranking | None) -> int:
+        """Which thought speaks most for the first item."""
+        return 0 if ranking is None else speaks_most(rankings, ranking)
+
+    def _text(self, plan: _Plan, thought: Sequence[int]) -> str:
+        return plan.catalogue.encoder.tokenizer.decode(list(thought))
 
     def _items(self, plan: _Plan, ranking: Ranking | None) -> list:
         """The k best; without those that were retired while the request was under way."""
@@ -272,3 +299,15 @@ class Service:
 
 def _count(ranking: Ranking | None) -> int:
     return 0 if ranking is None else int((ranking.items_EW[0] >= 0).sum())
+
+
+def service_of(request: Request) -> Service:
+    """The service of a request's application.
+
+    Raises:
+        ServeError: 503 while the model is being loaded.
+    """
+    service = getattr(request.app.state, "whyrec", None)
+    if service is None:
+        raise ServeError("the model is being loaded; try again", code="loading", status=503)
+    return service

@@ -56,21 +56,30 @@ class Users:
         if request.history is not None:
             known = catalogue.history(request.history, param="history")
         else:
-            known = self._known(request, prepared, catalogue)
+            assert request.user is not None
+            known = self.known(request.user, catalogue, prepared=prepared)
         history = known + catalogue.history(request.since, param="since")
         if request.mode != "ahead":
             return Found(history)
         return self._with_prepared(prepared, history, catalogue)
 
+    @property
+    def any_known(self) -> bool:
+        """Whether there is a run whose users are known."""
+        return self._dataset is not None
+
     def close(self) -> None:
         if self._store is not None:
             self._store.close()
 
-    def _known(
-        self, request: RecommendationRequest, prepared: Prepared | None, catalogue: Catalogue
+    def known(
+        self, user: str, catalogue: Catalogue, *, prepared: Prepared | None = None
     ) -> list[int]:
-        user = request.user
-        assert user is not None
+        """The history of a user of the run, or of one for whom something was prepared.
+
+        Raises:
+            ServeError: when nobody has that id.
+        """
         if self._dataset is not None and user in self._dataset.user_index:
             sequence = self._dataset.sequences[self._dataset.user_index[user]]
             return _indices([self._dataset.items[i].item_id for i in sequence], catalogue)

@@ -11,7 +11,7 @@ codes are forced cost nothing, and prompts that begin as earlier ones did are no
 Arguments and results are plain lists, as they travel between processes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from whyrec.decode.beam import BeamDecoder, Beams
 from whyrec.decode.permitted import Rule
 from whyrec.decode.prompt_cache import PromptCache
 from whyrec.decode.ranking import batches
+from whyrec.evaluation.beam_tree import beam_tree
 from whyrec.serve.cuda_graphs import GraphedBeams
 from whyrec.serve.tree_model import VllmTree
 from whyrec.serve.tries import Shelf, shelf_of
@@ -168,6 +169,16 @@ class BeamWorker:
                     found = sum(item >= 0 for item in row_items)
                     results[place] = (row_items[:found], row_scores[:found])
         return results
+
+    def whyrec_beam_tree(
+        self, version: int, prompt: list[int], width: int, rule: list[Any]
+    ) -> list[dict[str, Any]]:
+        """The beam after one prompt as a tree: a `Branch` of the root each, as dictionaries."""
+        state = self._whyrec_state()
+        _, branches = beam_tree(
+            state.decoder(version), prompt, width=width, rule=Rule(*rule), cache=state.cache
+        )
+        return [asdict(branch) for branch in branches]
 
     def whyrec_statistics(self) -> dict[str, int]:
         """Tokens of prompts asked for, and how many of them were known."""

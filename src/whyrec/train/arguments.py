@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig
 
 from whyrec.train.trainer import processes
@@ -144,7 +145,18 @@ def tracked(logs: Path, report_to: str) -> dict[str, str]:
         logs: that folder.
         report_to: a tracker that transformers knows (tensorboard, trackio, wandb, mlflow, …), or
             none.
+
+    Raises:
+        ValueError: when there is no such tracker, or its package is missing.
     """
+    if report_to not in ("none", "all"):
+        if report_to not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])
+            raise ValueError(f"report_to: there is no tracker {report_to!r}; choose of {known}")
+        try:
+            INTEGRATION_TO_CALLBACK[report_to]()  # each says what it lacks
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"report_to {report_to!r} cannot be used: {error}") from None
     run, _, stage, phase = logs.parts[-4:]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs)  # transformers 5 reads it nowhere else
     return {"report_to": report_to, "run_name": f"{run}-{stage}-{phase}"}
