@@ -67,20 +67,27 @@ def trie_step_ms(trie: Trie, users: int, width: int, repeats: int) -> float:
     return float(np.median(times)) / trie.num_levels
 
 
-def constraint_ms(trie: Trie, vocabulary: SidVocabulary, rows: int, repeats: int) -> float:
-    """The logits processor for rows that are all inside a SID, the mean over levels."""
+def constraint_ms(
+    trie: Trie, vocabulary: SidVocabulary, rows: int, repeats: int
+) -> dict[str, float]:
+    """The logits processor for rows that are all inside a SID, which grows a code a step.
+
+    Returns:
+        Medians over steps: `ms` of the whole call, the device's work included, and `host_ms` of
+            finding each row's node, before anything is given to the device.
+    """
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
     from whyrec.serve.constraint import V1Constraint
     from whyrec.serve.tries import ServedTrie, Shelf
 
-    host = trie.to("cpu")
-    served = ServedTrie(trie, host.first_child.numpy(), host.code.numpy())
+    host, on_gpu = trie.to("cpu"), trie.device.type == "cuda"
+    served = ServedTrie.of(host, trie.device)
     shelf = Shelf(Path(), trie.device, vocabulary, torch.zeros(0, dtype=torch.long), {0: served})
     model = SimpleNamespace(model="", get_vocab_size=lambda: vocabulary.stop)
     config: Any = SimpleNamespace(model_config=model)
-    processor = V1Constraint(config, trie.device, False)
+    processor = V1Constraint(config, trie.device, on_gpu)
     processor._shelf = shelf
     logits_BV = torch.randn(rows, vocabulary.stop, device=trie.device)
     leaves = np.random.default_rng(0).integers(0, trie.num_items, size=rows)
@@ -89,17 +96,27 @@ def constraint_ms(trie: Trie, vocabulary: SidVocabulary, rows: int, repeats: int
         node, codes = host.num_internal + int(leaf), list[int]()
         while node:
             codes.append(int(host.code[node]))
-            node = int(np.searchsorted(served.first_child, node, side="right")) - 1
+            node = int(np.searchsorted(host.first_child, node, side="right")) - 1
         sids.append([vocabulary.begin, *vocabulary.encode(codes[::-1])])
-    times = []
-    for level in range(trie.num_levels):
-        added = [(row, SamplingParams(), [], sid[: level + 1]) for row, sid in enumerate(sids)]
+    times: dict[str, list[float]] = {"ms": [], "host_ms": []}
+    for turn in range(2 * repeats + 4):
+        texts: list[list[int]] = [[] for _ in range(rows)]
+        added = [(row, SamplingParams(), [5] * 9, text) for row, text in enumerate(texts)]
         processor.update_state(BatchUpdate(rows, [], added, []))
-        for turn in range(repeats + 3):
-            start = time.perf_counter()
-            processor.apply(logits_BV.clone())
-            if trie.device.type == "cuda":
+        for level in range(trie.num_levels):
+            for text, sid in zip(texts, sids, strict=True):
+                text.append(sid[level])
+            asked_BV = logits_BV.clone()
+            if on_gpu:
                 torch.cuda.synchronize()
-            if turn >= 3:
-                times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times))
+            start = time.perf_counter()
+            if turn % 2:
+                processor._spans(shelf)
+            else:
+                processor.apply(asked_BV)
+                if on_gpu:
+                    torch.cuda.synchronize()
+            if turn >= 4:
+                took = (time.perf_counter() - start) * 1e3
+                times["host_ms" if turn % 2 else "ms"].append(took)
+    return {name: float(np.median(values)) for name, values in times.items()}

@@ -44,6 +44,16 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_marker_may_name_one_record(home: Path) -> None:
+    write(home / "eval" / "results" / "trie", 1, {"trie/other": 1.0})
+    readme = home / "README.md"
+    readme.write_text("<!-- table:trie/seed-0.json trie/10m/build_s -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 0
+    assert "| `trie/10m/build_s` | 71.25 |" in readme.read_text()
+    readme.write_text("<!-- table:trie/seed-7.json -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 2
+
+
 def test_a_readme_is_filled_once_and_then_up_to_date(home: Path) -> None:
     readme = home / "README.md"
     assert tables.main([str(readme), "--check"]) == 1

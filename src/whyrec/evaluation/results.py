@@ -70,11 +70,13 @@ def record(
 def read_results(folder: Path) -> list[dict]:
     """The records that lie directly in `folder`, by file name; [] for a missing folder.
 
+    `folder` may also be one record's file.
+
     Raises:
         ValueError: when a file is not a record.
     """
     records = []
-    for path in sorted(folder.glob("*.json")):
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.json")):
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:

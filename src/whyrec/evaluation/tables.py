@@ -8,8 +8,9 @@ seeds agree, as those of a count do.
     python -m whyrec.evaluation.tables README.md            # fill in every marked table
     python -m whyrec.evaluation.tables README.md --check    # exit 1 when one is out of date
 
-A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`. Behind the folder's
-name may stand, with blanks between them:
+A marked table stands between `<!-- table:FOLDER -->` and `<!-- /table -->`; `FOLDER/NAME.json` is
+one record of a folder whose records are not seeds of one run. Behind the name may stand, with
+blanks between them:
 
 * figure keys, `<!-- table:beam beam_cpu/1/ours_s -->`: those alone, in that order;
 * `published:NAME`, `<!-- table:beauty published:beauty -->`: the rows of

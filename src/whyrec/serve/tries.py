@@ -5,10 +5,10 @@ share one shelf a model folder. A catalogue that changes gets a new version: its
 the old one, which leaves the shelf when nobody needs it any more.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -25,26 +25,36 @@ class ServedTrie:
 
     Attributes:
         trie: on the worker's device.
-        first_child, code: the trie's arrays on the host, to walk with tokens that are there.
+        first_child, code: the trie's arrays on the host, to walk with tokens that are there; as
+            memory views, which give out Python's numbers quicker than arrays do.
     """
 
     trie: Trie
-    first_child: np.ndarray
-    code: np.ndarray
+    first_child: memoryview
+    code: memoryview
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "ServedTrie":
         """Read the trie of a model folder, or of a folder with just a catalogue."""
-        host = Trie.load(catalogue_file(folder, "trie.safetensors"))
-        return cls(host.to(device), host.first_child.numpy(), host.code.numpy())
+        return cls.of(Trie.load(catalogue_file(folder, "trie.safetensors")), device)
+
+    @classmethod
+    def of(cls, host: Trie, device: torch.device) -> "ServedTrie":
+        """Serve a trie that is on the host."""
+        views = (array.numpy().data for array in (host.first_child, host.code))
+        return cls(host.to(device), *views)
+
+    def children(self, node: int) -> tuple[int, int]:
+        """The first child of an inner node, and where its children stop."""
+        return self.first_child[node], self.first_child[node + 1]
 
     def walk(self, codes: list[int], *, node: int = 0) -> int:
         """The node of a prefix, from the root or another node; -1 where no item has it."""
         for code in codes:
             if node < 0:
                 break
-            low, high = int(self.first_child[node]), int(self.first_child[node + 1])
-            child = low + int(self.code[low:high].searchsorted(code))
+            low, high = self.children(node)
+            child = bisect_left(self.code, code, low, high)
             node = child if child < high and self.code[child] == code else -1
         return node
 

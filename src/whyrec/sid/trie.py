@@ -226,12 +226,21 @@ class Trie:
         """Codes that may follow: nodes [...] of depth `level` -> bool [..., K]."""
         return self.children(nodes, level=level) >= 0
 
-    def step(self, nodes: Tensor, codes: Tensor) -> Tensor:
+    def step(self, nodes: Tensor, codes: Tensor, *, level: int | None = None) -> Tensor:
         """Follow one code from each node: nodes [...], codes [...] -> int64 nodes [...], or -1.
 
-        The nodes may be of any depth (nothing follows a leaf), the codes any integers.
+        The nodes may be of any depth (nothing follows a leaf), the codes any integers. Nodes that
+        are all of depth `level`, or dead, are quicker where that is given.
         """
-        return self._step(nodes, codes, max(self.fan_outs))
+        if level is None:
+            return self._step(nodes, codes, max(self.fan_outs))
+        table = self.tables[level]
+        if table is None:
+            return self._step(nodes, codes, self.fan_outs[level])
+        dead, size = table.shape[0] - 1, self.level_sizes[level]
+        alive = (nodes >= 0) & (codes >= 0) & (codes < size)
+        row = torch.where(alive, nodes - self.offsets[level], dead)
+        return table[row, codes.clamp(0, size - 1)].long()
 
     def _step(self, nodes: Tensor, codes: Tensor, fan_out: int) -> Tensor:
         # Binary search for the last sibling whose code is <= the one asked for.
@@ -250,7 +259,7 @@ class Trie:
         assert codes.shape[-1] <= self.num_levels, f"an SID has only {self.num_levels} codes"
         nodes = torch.zeros(codes.shape[:-1], dtype=torch.long, device=codes.device)
         for level in range(codes.shape[-1]):
-            nodes = self._step(nodes, codes[..., level], self.fan_outs[level])
+            nodes = self.step(nodes, codes[..., level], level=level)
         return nodes
 
     def fan_out(self, nodes: Tensor) -> Tensor:
