@@ -33,7 +33,7 @@ from whyrec.decode.think import Thinker
 from whyrec.evaluation.beam_tree import beam_tree
 from whyrec.serve.app import make_app
 from whyrec.serve.engine import BeamRequest
-from whyrec.serve.schema import Limits, ServeSettings
+from whyrec.serve.settings import Limits, ServeSettings
 from whyrec.sid import index as index_module
 from whyrec.sid.trie import Trie
 

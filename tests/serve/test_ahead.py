@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from whyrec.catalog.dataset import Dataset
 from whyrec.cli import main
 from whyrec.serve.ahead import Prepared, RedisStore, SqliteStore, model_fingerprint, open_store
+from whyrec.serve.ahead_quality import evaluate_ahead
+from whyrec.serve.ahead_worker import AheadWorker
 from whyrec.serve.think_ahead import think_ahead
 
 pytest.importorskip("fastapi")
@@ -146,6 +149,73 @@ def test_batches_do_not_matter(folder, prepared_run, prepared, tmp_path) -> None
     model = model_fingerprint(folder)
     one, other = (open_store(place).get("u02", model=model) for place in (alone, prepared))
     assert one is not None and other is not None and one.thoughts == other.thoughts
+
+
+def test_ray_prepares_the_same(folder, prepared_run, prepared, tmp_path) -> None:
+    pytest.importorskip("ray")
+    there = str(tmp_path / "there.sqlite")
+    made = think_ahead(
+        folder, prepared_run, store=there, width=6, levels=1, users=["u01", "u02", "u03"],
+        device="cpu", ray="local",
+    )  # fmt: skip
+    assert made == 3
+    model = model_fingerprint(folder)
+    for user in ("u01", "u02", "u03"):
+        one, other = (open_store(place).get(user, model=model) for place in (there, prepared))
+        assert one is not None and other is not None
+        assert (one.thoughts, one.prefixes, one.history, one.settings) == (
+            other.thoughts, other.prefixes, other.history, other.settings
+        )  # fmt: skip
+
+
+def test_without_ray_one_is_told_what_to_install(
+    folder, prepared_run, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"ray\[data\]"):
+        think_ahead(
+            folder, prepared_run, store=str(tmp_path / "a"), users=["u01"], device="cpu",
+            ray="local",
+        )  # fmt: skip
+
+
+def test_an_interrupted_run_keeps_what_it_had(folder, prepared_run, tmp_path, monkeypatch) -> None:
+    place, real, calls = str(tmp_path / "ahead.sqlite"), AheadWorker.prepare, []
+    monkeypatch.setattr(AheadWorker, "batches", lambda _, rows: [[n] for n in range(len(rows))])
+
+    def dies(self, histories, *, keys):
+        calls.append(keys)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, histories, keys=keys)
+
+    monkeypatch.setattr(AheadWorker, "prepare", dies)
+    how = {"store": place, "users": ["u01", "u02", "u03", "u04"], "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        think_ahead(folder, prepared_run, **how)
+    assert think_ahead(folder, prepared_run, **how) == 2
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_its_quality_stands_beside_thinking_and_not_thinking(
+    folder, prepared_run, tmp_path, split, capsys
+) -> None:
+    """With all prefixes and nothing new, thinking ahead is thinking."""
+    figures = evaluate_ahead(
+        folder, prepared_run, split=split, news=0, width=1_000, levels=1, device="cpu"
+    )
+    for metric in ("R@10", "N@10"):
+        rows = [figures[f"{row}/{split}/excluded/{metric}"] for row in
+                ("whyrec-think", "whyrec-ahead", "whyrec")]  # fmt: skip
+        assert rows[0] == pytest.approx(rows[1], abs=1e-6)
+        assert all(0 <= value <= 1 for value in rows)
+    place = tmp_path / "record.json"
+    assert main(["think-ahead", str(folder), "--run", str(prepared_run), "--evaluate", split,
+                 "--users", "6", "--width", "4", "--json", str(place)]) == 0  # fmt: skip
+    assert "whyrec-ahead/" in capsys.readouterr().out
+    found = json.loads(place.read_text())["figures"]
+    assert found["ahead/news"] == 1 and found["ahead/users"] == 6
+    assert all(found[f"cost/{name}/seconds"] > 0 for name in ("plain", "think", "ahead", "prepare"))
 
 
 def test_a_model_that_cannot_think_is_refused(saved_model, prepared_run, capsys) -> None:

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from conftest import NUM_ITEMS
 from whyrec.catalog.dataset import Dataset
 from whyrec.serve.page import FOLDER
-from whyrec.serve.schema import Limits
+from whyrec.serve.settings import Limits
 
 pytest_plugins = ("serving_fixtures",)
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from whyrec.serve.schema import Limits, RecommendationRequest, ServeSettings
+from whyrec.serve.schema import RecommendationRequest
+from whyrec.serve.settings import Limits, ServeSettings
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_the_command_serves_this_folder_on_this_machine(model_folder) -> None:
     process = launch(model_folder, environment=BARE)
     assert process.command[:2] == [sys.executable, "-m"]
     assert option(process.command, "--model") == str(model_folder)
-    assert option(process.command, "--host") == "127.0.0.1"
+    assert (process.host, process.port) == ("127.0.0.1", 8000)
     assert option(process.command, "--worker-extension-cls") == "whyrec.serve.worker.BeamWorker"
     assert "--disable-uvicorn-access-log" in process.command
     assert process.environment["VLLM_PLUGINS"] == "whyrec"
@@ -44,7 +44,7 @@ def test_another_address_needs_a_key(model_folder, host) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
 def test_this_machine_needs_none(model_folder, host) -> None:
-    assert option(launch(model_folder, host=host, environment=BARE).command, "--host") == host
+    assert launch(model_folder, host=host, environment=BARE).host == host
 
 
 def test_other_options_go_to_vllm_and_win(model_folder) -> None:
@@ -52,7 +52,8 @@ def test_other_options_go_to_vllm_and_win(model_folder) -> None:
     process = launch(model_folder, rest=rest, environment=BARE | {"VLLM_PLUGINS": "mine"})
     assert process.command[-4:] == rest
     assert process.environment["VLLM_PLUGINS"] == "mine,whyrec"
-    for refused in (["--model", "x"], ["--worker-extension-cls=x"], ["--api-server-count", "4"]):
+    for refused in (["--model", "x"], ["--worker-extension-cls=x"], ["--api-server-count", "4"],
+                    ["--uds", "x"]):  # fmt: skip
         with pytest.raises(ValueError, match="leave it out"):
             launch(model_folder, rest=refused, environment=BARE)
 
@@ -67,8 +68,7 @@ def test_the_command_line_hands_them_on(model_folder, monkeypatch) -> None:
     monkeypatch.setattr("whyrec.serve.server.check_installed", lambda: None)
     main(["serve", str(model_folder), "--port", "81", "--max-k", "7", "--ahead", "a.sqlite",
           "--drain", "9", "--tensor-parallel-size", "2", "--no-enable-prefix-caching"])  # fmt: skip
-    assert seen["command"][1:4] == ["-m", "whyrec.serve.supervise", "9.0"]
-    assert option(seen["command"], "--port") == "81"
+    assert seen["command"][1:6] == ["-m", "whyrec.serve.supervise", "9.0", "127.0.0.1", "81"]
     assert seen["command"][-3:] == ["--tensor-parallel-size", "2", "--no-enable-prefix-caching"]
     settings = json.loads(seen["settings"])
     assert settings["limits"]["k"] == 7 and settings["ahead"] == "a.sqlite"
@@ -103,7 +103,7 @@ def supervised(then: str) -> subprocess.Popen[str]:
     """A process that supervises a child which does this once it is ready."""
     child = [sys.executable, "-c", CHILD.format(then=then)]
     return subprocess.Popen(
-        [sys.executable, "-m", "whyrec.serve.supervise", "5", *child],
+        [sys.executable, "-m", "whyrec.serve.supervise", "5", "127.0.0.1", "0", *child],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

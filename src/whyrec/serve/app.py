@@ -15,8 +15,8 @@ from whyrec.serve.engine_calls import Engine
 from whyrec.serve.errors import add_handlers
 from whyrec.serve.metrics import Metrics
 from whyrec.serve.routes import attach, metrics
-from whyrec.serve.schema import ServeSettings
 from whyrec.serve.service import Service
+from whyrec.serve.settings import ServeSettings
 
 
 def make_app(engine: Engine, folder: Path, *, settings: ServeSettings | None = None) -> FastAPI:

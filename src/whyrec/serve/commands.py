@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 
 _LIMITS = {
@@ -54,6 +56,20 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     command.add_argument("--width", type=int, default=50, help="prefixes a thought (50)")
     command.add_argument("--levels", type=int, help="codes of a prefix (all but the last)")
     command.add_argument("--user", action="append", default=[], help="only this user; repeatable")
+    command.add_argument(
+        "--ray", default="", metavar="ADDRESS",
+        help="prepare on this Ray cluster with Ray Data; `local` starts one here",
+    )  # fmt: skip
+    command.add_argument(
+        "--evaluate", choices=["valid", "test"],
+        help="store nothing; rank this split's users with such thoughts, beside think and no-think",
+    )  # fmt: skip
+    command.add_argument("--users", type=int, default=0, help="of --evaluate; 0 for all")
+    command.add_argument(
+        "--news", type=int, default=1,
+        help="of --evaluate: events since the thoughts were prepared (1)",
+    )  # fmt: skip
+    command.add_argument("--json", type=Path, help="write the record of --evaluate to this file")
     command.set_defaults(call=_think_ahead)
 
 
@@ -61,7 +77,7 @@ def _serve(options: argparse.Namespace) -> None:
     from whyrec.serve.server import check_installed, launch, serve
 
     check_installed()
-    from whyrec.serve.schema import Limits, ServeSettings
+    from whyrec.serve.settings import Limits, ServeSettings
 
     asked = {name: getattr(options, f"max_{name}") for name in _LIMITS}
     if wrong := [name for name, value in asked.items() if value is not None and value < 1]:
@@ -87,6 +103,9 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _think_ahead(options: argparse.Namespace) -> None:
+    if options.evaluate:
+        _evaluate_ahead(options)
+        return
     from whyrec.serve.think_ahead import think_ahead
 
     made = think_ahead(
@@ -97,5 +116,25 @@ def _think_ahead(options: argparse.Namespace) -> None:
         width=options.width,
         levels=options.levels,
         users=options.user,
+        ray=options.ray,
     )
     print(f"prepared {made} users")
+
+
+def _evaluate_ahead(options: argparse.Namespace) -> None:
+    from whyrec.serve.ahead_quality import evaluate_ahead
+
+    figures = evaluate_ahead(
+        options.model,
+        options.run,
+        split=options.evaluate,
+        users=options.users,
+        news=options.news,
+        thoughts=options.thoughts,
+        width=options.width,
+        levels=options.levels,
+        command=shlex.join(["whyrec", *sys.argv[1:]]),
+        json_path=options.json,
+    )
+    for key, value in sorted(figures.items()):
+        print(f"{key:40s} {value:.6g}")

@@ -1,8 +1,7 @@
 """What the HTTP layer calls: thoughts and beams of a vLLM engine, batched and checked.
 
 It lives in the API server's process beside vLLM's `EngineClient`. Beams go to the worker by one RPC
-at a time: while one runs, the next batch gathers. Every number is checked here, for one that is out
-of range would kill a CUDA worker.
+at a time: while one runs, the next batch gathers.
 
     engine = ServingEngine(client)
     info = await engine.start()
@@ -13,64 +12,20 @@ of range would kill a CUDA worker.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.sampling_params import RequestOutputKind
 
 from whyrec.decode.model_folder import read_settings
-from whyrec.serve.constraint import TEXT_ONLY
-
-MAX_WIDTH = 512
-
-
-@dataclass(frozen=True)
-class BeamRequest:
-    """One beam search.
-
-    Attributes:
-        prompt_ids: token ids, ending in `<|sid_begin|>`.
-        width: beam width, at least `k`.
-        k: how many items are wanted.
-        excluded: item indices that must not come.
-        allowed: item indices, of which all others must not come; None allows all.
-        prefixes: beginnings of SIDs, as codes, to stay inside; None allows all.
-        catalogue: the version that the item indices belong to; None is the newest.
-    """
-
-    prompt_ids: list[int]
-    width: int
-    k: int
-    excluded: list[int] = field(default_factory=list)
-    allowed: list[int] | None = None
-    prefixes: list[list[int]] | None = None
-    catalogue: int | None = None
-
-
-@dataclass(frozen=True)
-class CatalogueInfo:
-    """What requests are checked against.
-
-    Attributes:
-        version: of the catalogue.
-        num_items: items that a beam can return.
-        level_sizes: codes of each level.
-        vocab_size: token ids are below it.
-        max_prompt: tokens that a prompt may have.
-    """
-
-    version: int
-    num_items: int
-    level_sizes: list[int]
-    vocab_size: int
-    max_prompt: int
+from whyrec.serve.beam_request import BeamRequest, CatalogueInfo, check_beam, check_ids
+from whyrec.serve.permit import TEXT_ONLY
 
 
 @dataclass(eq=False)
@@ -126,8 +81,14 @@ class ServingEngine:
                 assert settings.level_sizes == loaded["level_sizes"]
                 num_levels = len(settings.level_sizes)
                 max_prompt = self._client.model_config.max_model_len - num_levels
-                self._infos[loaded["version"]] = CatalogueInfo(**loaded, max_prompt=max_prompt)
                 self._newest = loaded["version"]
+                self._infos[self._newest] = CatalogueInfo(
+                    self._newest,
+                    loaded["num_items"],
+                    loaded["level_sizes"],
+                    loaded["vocab_size"],
+                    max_prompt,
+                )
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self._run())
         return self.info
@@ -150,7 +111,7 @@ class ServingEngine:
         """
         await self.start()
         version = self._newest if request.catalogue is None else request.catalogue
-        self._check(request, version)
+        check_beam(request, self._info(version))
         answer = asyncio.get_running_loop().create_future()
         self._uses[version] += 1
         try:
@@ -170,7 +131,7 @@ class ServingEngine:
         """
         await self.start()
         version = self._newest if request.catalogue is None else request.catalogue
-        self._check(request, version)
+        check_beam(request, self._info(version))
         rule = [request.excluded, request.allowed, request.prefixes]
         self._uses[version] += 1
         try:
@@ -205,7 +166,7 @@ class ServingEngine:
         info = await self.start()
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-        _check_ids("prompt", prompt_ids, stop=info.vocab_size)
+        check_ids("prompt", prompt_ids, stop=info.vocab_size)
         room = info.max_prompt - len(prompt_ids)
         if not prompt_ids or room < 1:
             raise ValueError(
@@ -273,28 +234,10 @@ class ServingEngine:
         tokenizer = self._client.renderer.get_tokenizer()
         return int(tokenizer.convert_tokens_to_ids("</think>"))
 
-    def _check(self, request: BeamRequest, version: int) -> None:
+    def _info(self, version: int) -> CatalogueInfo:
         if version not in self._infos:
             raise ValueError(f"catalogue {version} is gone; the newest is {self._newest}")
-        info = self._infos[version]
-        if not 1 <= request.width <= MAX_WIDTH:
-            raise ValueError(f"the beam width must lie in 1 .. {MAX_WIDTH}, not {request.width}")
-        if not 1 <= request.k <= request.width:
-            raise ValueError(f"k must lie in 1 .. {request.width}, the beam width, not {request.k}")
-        if not 1 <= len(request.prompt_ids) <= info.max_prompt:
-            raise ValueError(
-                f"the prompt has {len(request.prompt_ids)} tokens; this server takes 1 to "
-                f"{info.max_prompt}"
-            )
-        _check_ids("prompt", request.prompt_ids, stop=info.vocab_size)
-        _check_ids("excluded", request.excluded, stop=info.num_items)
-        _check_ids("allowed", request.allowed or [], stop=info.num_items)
-        prefixes = request.prefixes or []
-        if any(len(prefix) > len(info.level_sizes) for prefix in prefixes):
-            raise ValueError(f"a SID has {len(info.level_sizes)} codes, a prefix no more")
-        for level, size in enumerate(info.level_sizes):
-            codes = [prefix[level] for prefix in prefixes if len(prefix) > level]
-            _check_ids("prefixes", codes, stop=size)
+        return self._infos[version]
 
     async def _run(self) -> None:
         """Gather beams and send them, one batch after the other, for ever."""
@@ -349,18 +292,6 @@ class ServingEngine:
 
     async def _forget(self, version: int) -> None:
         await self._client.collective_rpc("whyrec_drop_catalogue", args=(version,))
-
-
-def _check_ids(name: str, ids: Sequence[int], *, stop: int) -> None:
-    """ValueError for a number outside 0 .. stop - 1."""
-    if not ids:
-        return
-    numbers = np.asarray(ids)
-    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
-        raise ValueError(f"{name} must be a list of whole numbers")
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= stop:
-        raise ValueError(f"{name} holds {low if low < 0 else high}, outside 0 .. {stop - 1}")
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from whyrec.serve.engine import BeamRequest
+from whyrec.serve.beam_request import BeamRequest
 from whyrec.serve.errors import ServeError, engine_stopped
 
 T = TypeVar("T")

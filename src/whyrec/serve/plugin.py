@@ -18,8 +18,8 @@ from fastapi import FastAPI
 
 from whyrec.serve.metrics import Metrics, log_to_stderr
 from whyrec.serve.routes import attach
-from whyrec.serve.schema import ServeSettings
 from whyrec.serve.service import Service
+from whyrec.serve.settings import ServeSettings
 
 _PARENT_SECONDS = 2.0
 _CACHE_SECONDS = 15.0

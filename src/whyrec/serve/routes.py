@@ -34,9 +34,9 @@ from whyrec.serve.schema import (
     ItemsRequest,
     RecommendationRequest,
     RetireRequest,
-    ServeSettings,
 )
 from whyrec.serve.service import Service, service_of
+from whyrec.serve.settings import ServeSettings
 from whyrec.serve.thoughts import Words
 
 T = TypeVar("T")

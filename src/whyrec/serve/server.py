@@ -1,6 +1,7 @@
 """`whyrec serve MODEL`: vLLM's OpenAI-compatible server with WhyRec in it.
 
-This writes vLLM's command line; `supervise.py` then starts it and looks after it.
+This writes vLLM's command line; `supervise.py` then starts it, listens in front of it and looks
+after it.
 
     whyrec serve runs/ml-100k/model/aligned --port 8000 --tensor-parallel-size 2
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from whyrec.decode.model_folder import name_weights, read_settings
-from whyrec.serve.schema import SETTINGS_VARIABLE, ServeSettings
+from whyrec.serve.settings import SETTINGS_VARIABLE, ServeSettings
 
 KEY_VARIABLE = "WHYREC_API_KEY"
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -30,10 +31,13 @@ class Launch:
     Attributes:
         command: its arguments.
         environment: all of its variables.
+        host, port: where clients reach it; it listens on a Unix socket behind that.
     """
 
     command: list[str]
     environment: dict[str, str]
+    host: str
+    port: int
 
 
 def launch(
@@ -68,7 +72,7 @@ def launch(
             f"{host} can be reached from other machines: give an API key with --api-key or in "
             f"{KEY_VARIABLE}, or listen on 127.0.0.1"
         )
-    for option in ("--model", "--worker-extension-cls", "--api-server-count"):
+    for option in ("--model", "--worker-extension-cls", "--api-server-count", "--uds"):
         if any(part == option or part.startswith(f"{option}=") for part in rest):
             raise ValueError(f"whyrec serve decides {option}; leave it out")
     for place in (settings.run, settings.ahead):
@@ -77,7 +81,6 @@ def launch(
     command = [
         *(sys.executable, "-m", _SERVER),
         *("--model", str(folder), "--served-model-name", folder.resolve().name),
-        *("--host", host, "--port", str(port)),
         *("--worker-extension-cls", _WORKER),
         *("--shutdown-timeout", str(int(settings.drain_seconds))),
         "--disable-uvicorn-access-log",  # it holds addresses; our log line says the rest
@@ -95,12 +98,13 @@ def launch(
         variables["VLLM_API_KEY"] = key
     if not _has_gpu():
         variables.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take half of all
-    return Launch(command, variables)
+    return Launch(command, variables, host, port)
 
 
 def serve(process: Launch, *, drain_seconds: float) -> NoReturn:
     """Become the process that looks after a server, and small again: see `supervise.py`."""
-    command = [sys.executable, "-m", "whyrec.serve.supervise", str(drain_seconds)]
+    address = [process.host, str(process.port)]
+    command = [sys.executable, "-m", "whyrec.serve.supervise", str(drain_seconds), *address]
     sys.stdout.flush()
     os.execve(sys.executable, [*command, *process.command], process.environment)
 

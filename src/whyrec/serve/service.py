@@ -24,15 +24,16 @@ from fastapi import Request
 from whyrec.decode.model_folder import read_settings
 from whyrec.decode.ranking import Ranking
 from whyrec.decode.thought_ranking import fuse, speaks_most
+from whyrec.serve.beam_request import BeamRequest
 from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.catalogues import Catalogues
-from whyrec.serve.engine import BeamRequest
 from whyrec.serve.engine_calls import Engine, EngineCalls
 from whyrec.serve.errors import ServeError, over_limit
 from whyrec.serve.facts import Facts
 from whyrec.serve.guard import Admission
 from whyrec.serve.metrics import Metrics
-from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, ServeSettings, Timings
+from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, Timings
+from whyrec.serve.settings import ServeSettings
 from whyrec.serve.thoughts import Words, write_thoughts
 from whyrec.serve.users import Users
 

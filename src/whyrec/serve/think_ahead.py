@@ -8,25 +8,22 @@ may be prepared; the last codes are decoded online, after the newest history. Fo
 run, T thoughts are sampled after all that the user has done, and behind each the best prefixes of
 `levels` codes are kept. Users whose entry was made from the same history with the same settings are
 left alone, so that a run that was interrupted goes on and a later one does only what is new.
+
+What this is worth is measured by `ahead_quality.py`.
 """
 
-import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.ranking import batches
 from whyrec.decode.recommender import Recommender
-from whyrec.decode.think import Thinker, ThoughtSettings
 from whyrec.serve.ahead import Prepared, Store, model_fingerprint, open_store
-from whyrec.sid.trie import Trie
+from whyrec.serve.ahead_ray import prepare_on_ray
+from whyrec.serve.ahead_worker import AheadSettings, AheadWorker
 
 
 def think_ahead(
@@ -39,6 +36,7 @@ def think_ahead(
     levels: int | None = None,
     users: Sequence[str] = (),
     device: str | None = None,
+    ray: str = "",
 ) -> int:
     """Prepare the users of a run; how many were prepared now.
 
@@ -51,20 +49,16 @@ def think_ahead(
         levels: codes of a prefix; all but the last when None.
         users: ids of those to prepare; all when empty.
         device: as for `Recommender.from_pretrained`.
+        ray: address of a Ray cluster, such as `ray://head:10001` or `auto`, whose machines prepare
+            the users with Ray Data; they see the model folder under the same path. This process
+            alone writes to the store. Empty prepares all in this process.
 
     Raises:
-        ValueError: when the model has not learnt to think, or a setting makes no sense.
+        ValueError: when the model has not learnt to think, a setting makes no sense, or there is
+            no Ray.
     """
     recommender = Recommender.from_pretrained(folder, device=device)
-    settings = recommender.thoughts
-    if thoughts is not None:
-        settings = replace(settings, samples=thoughts)
-    num_levels = recommender.decoder.trie.num_levels
-    levels = max(num_levels - 1, 1) if levels is None else levels
-    if settings.samples < 1 or width < 1 or not 1 <= levels <= num_levels:
-        raise ValueError(
-            f"--thoughts and --width must be at least 1, and --levels between 1 and {num_levels}"
-        )
+    settings = AheadSettings.of(recommender, thoughts=thoughts, width=width, levels=levels)
     dataset = Dataset.load(run / "dataset")
     known = {item.item_id for item in recommender.items}
     chosen = [dataset.user(user) for user in users] or range(len(dataset.user_ids))
@@ -76,29 +70,22 @@ def think_ahead(
         ]
         for u in chosen
     }
-    model = model_fingerprint(folder)
-    made_with = json.dumps([settings.samples, settings.max_tokens, settings.temperature, width,
-                            levels])  # fmt: skip
+    model, made_with = model_fingerprint(folder), settings.dumps()
     opened = open_store(store or str(run / "ahead.sqlite"))
     try:
         todo = _not_done(opened, histories, model=model, made_with=made_with)
-        worker = _Worker(recommender, settings=settings, width=width, levels=levels)
+        rows = [(u, dataset.user_index[u], recommender.indices(histories[u])) for u in todo]
+        if ray:
+            prepared = prepare_on_ray(rows, folder=folder, settings=settings, address=ray)
+        else:
+            prepared = _prepare_here(rows, AheadWorker(recommender, settings))
         bar = tqdm(total=len(histories), desc="think ahead", unit="user", file=sys.stderr)
         bar.update(len(histories) - len(todo))
-        newest = slice(-recommender.settings.max_history, None)
-        prompts = [
-            recommender.encoder.thinking_prompt(recommender.indices(histories[user])[newest])
-            for user in todo
-        ]
-        rows = [settings.samples * (settings.max_tokens + len(prompt)) for prompt in prompts]
-        for batch in batches(rows, device=recommender.decoder.device.type) if todo else []:
-            names = [todo[place] for place in batch]
-            keys = [dataset.user_index[user] for user in names]
-            made = worker.prepare([prompts[place] for place in batch], keys=keys)
+        for batch in prepared:
             now = time.time()
             entries = [
                 Prepared(user, now, histories[user], drawn, prefixes, made_with)
-                for user, (drawn, prefixes) in zip(names, made, strict=True)
+                for user, drawn, prefixes in batch
             ]
             opened.put(entries, model=model)
             bar.update(len(batch))
@@ -108,54 +95,13 @@ def think_ahead(
     return len(todo)
 
 
-class _Worker:
-    """Thoughts, and beams over prefixes: the trie of a catalogue cut off after some levels."""
-
-    def __init__(
-        self, recommender: Recommender, *, settings: ThoughtSettings, width: int, levels: int
-    ) -> None:
-        self._settings = settings
-        full = recommender.decoder
-        codes_NL = torch.tensor(
-            [recommender.encoder.item(item) for item in range(len(recommender.items))]
-        ) - torch.tensor(full.vocabulary.offsets)
-        # The codes that may follow a prefix are those of the whole trie, so the scores are too.
-        self._prefixes_PL = torch.unique(codes_NL[:, :levels], dim=0)
-        sizes = full.vocabulary.level_sizes[:levels]
-        self._decoder = BeamDecoder(
-            full.model,
-            vocabulary=replace(
-                full.vocabulary, level_sizes=sizes, offsets=full.vocabulary.offsets[:levels]
-            ),
-            trie=Trie.build(self._prefixes_PL, level_sizes=sizes),
-        )
-        self._width = min(width, len(self._prefixes_PL))
-        self._thinker = Thinker(self._decoder, recommender.encoder)
-
-    def prepare(
-        self, prompts: list[list[int]], *, keys: list[int]
-    ) -> list[tuple[list[list[int]], list[list[list[int]]]]]:
-        """The thoughts of each user, and the prefixes behind each thought."""
-        samples = self._settings.samples
-        drawn = self._thinker.think(
-            prompts,
-            samples=samples,
-            max_tokens=self._settings.max_tokens,
-            temperature=self._settings.temperature,
-            seed=0,
-            keys=keys,
-        )
-        beams = self._decoder.search(
-            self._thinker.answer(drawn, width=self._width), width=self._width
-        )
-        found = []
-        for user in range(len(prompts)):
-            rows = beams.items_UW[user * samples : (user + 1) * samples].tolist()
-            prefixes = [
-                [self._prefixes_PL[place].tolist() for place in row if place >= 0] for row in rows
-            ]
-            found.append(([drawn.thought(user, g) for g in range(samples)], prefixes))
-        return found
+def _prepare_here(
+    rows: Sequence[tuple[str, int, list[int]]], worker: AheadWorker
+) -> Iterator[list[tuple[str, list[list[int]], list[list[list[int]]]]]]:
+    """User, thoughts and prefixes, a batch after the other, of users, their keys and histories."""
+    for batch in worker.batches([history for _, _, history in rows]):
+        made = worker.prepare([rows[n][2] for n in batch], keys=[rows[n][1] for n in batch])
+        yield [(rows[n][0], *found) for n, found in zip(batch, made, strict=True)]
 
 
 def _not_done(

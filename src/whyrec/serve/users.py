@@ -10,7 +10,8 @@ from whyrec.catalog.dataset import Dataset
 from whyrec.serve.ahead import Prepared, model_fingerprint, open_store
 from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.errors import ServeError
-from whyrec.serve.schema import Ahead, RecommendationRequest, ServeSettings
+from whyrec.serve.schema import Ahead, RecommendationRequest
+from whyrec.serve.settings import ServeSettings
 
 
 @dataclass(frozen=True)
