@@ -55,7 +55,7 @@ ITEMS, USERS, LEVEL_SIZES = 500, 256, [16, 16, 16]
 START_SECONDS, SAMPLE_SECONDS = 600, 1.0
 
 
-def tiny_model(folder: Path, *, seed: int) -> Path:
+def tiny_model(folder: Path, *, seed: int, level_sizes: list[int] = LEVEL_SIZES) -> Path:
     """A model folder of random weights over a made-up catalogue."""
     generator = np.random.default_rng(seed)
     raw = folder / "raw"
@@ -71,7 +71,7 @@ def tiny_model(folder: Path, *, seed: int) -> Path:
     (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
     run = folder / "run"
     prepare(run, PrepareRecipe(source=str(raw), format="sequences", k_core=1))
-    index(run, IndexRecipe(level_sizes=LEVEL_SIZES, collaborative_dim=0, iterations=5))
+    index(run, IndexRecipe(level_sizes=level_sizes, collaborative_dim=0, iterations=5))
     tokenizer = AutoTokenizer.from_pretrained(packaged_backbone())
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -87,14 +87,14 @@ def tiny_model(folder: Path, *, seed: int) -> Path:
         max_position_embeddings=512,
     )
     model = LlamaForCausalLM(config)
-    extend_vocabulary(model, tokenizer, level_sizes=LEVEL_SIZES)
+    extend_vocabulary(model, tokenizer, level_sizes=level_sizes)
     thoughts = ThoughtSettings(samples=1, max_tokens=12, temperature=1.0)
     model_folder = folder / "tiny"
     save_model_folder(
         model_folder,
         model=model,
         tokenizer=tokenizer,
-        settings=Settings("activated", "tiny", LEVEL_SIZES, 12, thoughts),
+        settings=Settings("activated", "tiny", level_sizes, 12, thoughts),
         dataset_folder=run / "dataset",
         sids_folder=run / "sids",
     )

@@ -21,30 +21,33 @@ def send_random(
     import schemathesis
 
     schema = schemathesis.openapi.from_dict(openapi)
-    found: dict[tuple[str, str], Counter[int]] = {}
-    for result in schema.get_all_operations():
-        operation = result.ok()
-        if operation.path not in OURS:
-            continue
-        statuses: Counter[int] = Counter()
+    operations = [result.ok() for result in schema.get_all_operations()]
+    return {
+        (one.method.upper(), one.path): _send(one, address, examples=examples)
+        for one in operations
+        if one.path in OURS
+    }
 
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(operation.as_strategy())
-        def run(case: Any, statuses: Counter[int] = statuses) -> None:
-            answer = case.call(base_url=address)
-            statuses[answer.status_code] += 1
-            assert answer.status_code < 500, (case.as_curl_command(), answer.text)
-            # A path that a proxy or the router does not know is not ours to word.
-            if 400 <= answer.status_code < 500 and answer.status_code not in (404, 405, 307):
-                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
-        run()
-        found[operation.method.upper(), operation.path] = statuses
-    return found
+def _send(operation: Any, address: str, *, examples: int) -> Counter[int]:
+    statuses: Counter[int] = Counter()
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(operation.as_strategy())
+    def run(case: Any) -> None:
+        answer = case.call(base_url=address)
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+        # A path or a method that the router does not know is not ours to word.
+        if 400 <= answer.status_code < 500 and answer.status_code not in (404, 405):
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+    run()
+    return statuses
