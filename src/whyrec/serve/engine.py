@@ -82,12 +82,9 @@ class ServingEngine:
                 num_levels = len(settings.level_sizes)
                 max_prompt = self._client.model_config.max_model_len - num_levels
                 self._newest = loaded["version"]
+                known = {name: loaded[name] for name in ("version", "num_items", "vocab_size")}
                 self._infos[self._newest] = CatalogueInfo(
-                    self._newest,
-                    loaded["num_items"],
-                    loaded["level_sizes"],
-                    loaded["vocab_size"],
-                    max_prompt,
+                    **known, level_sizes=settings.level_sizes, max_prompt=max_prompt
                 )
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self._run())
