@@ -193,3 +193,35 @@ def test_a_killed_engine_is_told_to_all_and_started_again(server) -> None:
         assert server.process.poll() is None and time.monotonic() < end
         time.sleep(0.2)
     assert len(server.client.recommend(HISTORY, k=5)["items"]) == 5
+
+
+def test_plain_vllm_keeps_to_the_catalogue_too(folder, tmp_path) -> None:
+    """`vllm serve MODEL`, where whyrec is installed: its entry point alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    options = ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port,
+               "--enforce-eager", "--max-model-len", "384", "--max-num-seqs", "16",
+               "--dtype", "float32", "--block-size", "32"]  # fmt: skip
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                                "VLLM_PLUGINS": ""}  # fmt: skip
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=file, env=environment)
+    try:
+        client, end = Client(f"http://127.0.0.1:{port}", timeout=60), time.monotonic() + 300
+        while not client.healthy():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-4_000:]
+            time.sleep(0.5)
+        plain = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        spelt = plain.completions.create(
+            model="tiny", prompt="<|sid_begin|>", n=64, max_tokens=4, temperature=2.0
+        )
+        recommender = Recommender.from_pretrained(folder, device="cpu")
+        real = {item.sid for item in recommender.recommend([], k=NUM_ITEMS)}
+        texts = {f"<|sid_begin|>{choice.text}" for choice in spelt.choices}
+        assert texts <= real and len(texts) > 3
+    finally:
+        process.terminate()
+        process.wait(60)
