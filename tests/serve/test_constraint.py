@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from served_models import one_llm, one_served, sids_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from whyrec import Recommender
 from whyrec.sid.trie import Trie
@@ -272,6 +273,38 @@ def test_v1_follows_a_changing_batch(served_folder, recommender) -> None:
         logits_BV = processor.apply(before_BV.clone())
         asked = [batch[i] + outputs[i] if i in batch else [5] for i in range(12)]
         agree(logits_BV, before_BV, asked, recommender)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be a kernel on a GPU: all operations but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function._schema.returns
+        self.count += not any(r.alias_info and not r.alias_info.is_write for r in returned)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_at_all_levels_costs_as_many_kernels_as_one_row(served_folder, recommender) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from whyrec.serve.constraint import SidConstraint
+
+    counts = []
+    for asked in (texts(recommender)[4:5], texts(recommender) * 5):
+        processor = SidConstraint(config(served_folder), torch.device("cpu"), False)
+        added = [(row, SamplingParams(), [], ids) for row, ids in enumerate(asked)]
+        processor.update_state(BatchUpdate(len(asked), [], added, []))
+        logits_BV = torch.randn(len(asked), 49_300)
+        processor.apply(logits_BV)
+        with Kernels() as kernels:
+            processor.apply(logits_BV)
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] <= 12
 
 
 def test_v2_interface(served_folder, recommender) -> None:
