@@ -26,7 +26,7 @@ from whyrec.catalog.dataset import Dataset, Item
 from whyrec.catalog.withheld import withheld
 from whyrec.decode.model_folder import COVISITS_FILE, Settings
 from whyrec.prompting.encoder import PromptEncoder
-from whyrec.prompting.templates import load_templates, template_file
+from whyrec.prompting.templates import template_file
 from whyrec.recipe import recipe_config
 from whyrec.sid.index import read_sids
 from whyrec.sid.quantizers import load_quantizer
@@ -39,7 +39,7 @@ from whyrec.train.continued import save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
-from whyrec.train.replay import own_replies
+from whyrec.train.replay import own_conversations
 from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.validation import Validation
 from whyrec.train.warmup import warm_up
@@ -101,11 +101,12 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
 
     model, tokenizer = load_backbone(recipe.backbone, random_weights=recipe.random_weights)
     with state.main_process_first():
-        replies = own_replies(
+        replies = own_conversations(
             model.to(state.device),
             tokenizer,
-            load_templates("general")["train"][: recipe.replays],
+            count=recipe.replays,
             max_tokens=recipe.replay_tokens,
+            seed=recipe.seed,
             cache=folder / ".replies.json",
         )
     vocabulary = extend_vocabulary(
