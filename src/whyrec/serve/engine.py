@@ -126,7 +126,10 @@ class ServingEngine:
                 assert settings.level_sizes == loaded["level_sizes"]
                 num_levels = len(settings.level_sizes)
                 max_prompt = self._client.model_config.max_model_len - num_levels
-                self._infos[loaded["version"]] = CatalogueInfo(**loaded, max_prompt=max_prompt)
+                known = {name: loaded[name] for name in ("version", "num_items", "level_sizes")}
+                self._infos[loaded["version"]] = CatalogueInfo(
+                    **known, vocab_size=loaded["vocab_size"], max_prompt=max_prompt
+                )
                 self._newest = loaded["version"]
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self._run())
