@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import add_lora, load_adapter
-from whyrec.catalog.dataset import Dataset, Item
-from whyrec.catalog.withheld import withheld
+from whyrec.catalog.dataset import Dataset
 from whyrec.decode.model_folder import COVISITS_FILE, Settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
@@ -122,17 +121,11 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbours=recipe.neighbours,
         text_tokens=recipe.text_tokens,
     )
-    # Notes in training know nothing of withheld texts, either.
-    silent_N = withheld(dataset.items, share=recipe.withheld)
-    told = [
-        Item(item.item_id) if silent else item
-        for item, silent in zip(dataset.items, silent_N, strict=True)
-    ]
     encoder = PromptEncoder(
         tokenizer,
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
-        notes=made.notes(told, visits=run / "sids" / COVISITS_FILE),
+        notes=made.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
