@@ -82,18 +82,14 @@ ROWS = {
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rotated"), [(6, 2, True), (2, 2, False), (4, 1, True)]
 )
-@pytest.mark.parametrize("split", [False, True])
 def test_kernels_attend_as_pytorch_does_document_by_document(
     lengths: list[int],
-    split: bool,
     heads: int,
     kv_heads: int,
     rotated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(short_attention, "FORWARD_TILE", Tile(16, 1, 1))
-    monkeypatch.setattr(short_attention, "BACKWARD_TILE", Tile(16, 1, 1))
-    monkeypatch.setattr(short_attention, "KEY_TILE", Tile(16, 1, 1) if split else None)
+    monkeypatch.setattr(short_attention, "TILE", Tile(16, 1, 1))
     tokens, size = sum(lengths), 32
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     heads_TNE = torch.randn(tokens, heads + 2 * kv_heads, size, device=DEVICE, requires_grad=True)
