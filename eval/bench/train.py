@@ -201,7 +201,7 @@ def main() -> None:
     rows = parser.add_argument("--rows", type=int, nargs="+", default=[32768, 65536, 8192])
     rows.help = "tokens a row, the most important first (default: 32768 65536 8192)"
     parser.add_argument("--steps", type=int, default=30, help=f"timed from {UNTIMED} on")
-    parser.add_argument("--seconds", type=float, default=100, help="nothing is begun after")
+    parser.add_argument("--seconds", type=float, default=80, help="nothing is begun after")
     parser.add_argument("--without-varlen", action="store_true", help="our attention alone")
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--json", type=Path, help="write the record here")
