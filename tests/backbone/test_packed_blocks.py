@@ -66,3 +66,33 @@ def test_a_recording_is_the_blocks_and_uses_no_leaf_that_others_use(
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {leaf.data_ptr() for leaf in leaves} >= {p.data_ptr() for p in trained}
     assert not {id(leaf) for leaf in leaves} & {id(p) for p in trained}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replays_on_a_gpu_are_the_blocks(compiled: bool) -> None:
+    """Two rows one after the other, with a loss of the plain blocks that somebody still holds."""
+    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(vocab_size=20, **heads, head_dim=64, initializer_range=0.05).cuda().train()
+    fuse_projections(model)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    plain, graphed = (PackedBlocks(model, longest=64, graphs=graphs) for graphs in (False, True))
+    positions_1T = torch.arange(64, device="cuda").repeat(4)[None]
+    starts = torch.arange(0, 257, 64, dtype=torch.int32, device="cuda")
+    held = []
+    for _ in range(2):
+        embedded_1TH = torch.randn(1, 256, 128, device="cuda", dtype=torch.bfloat16)
+        found = []
+        for blocks in (plain, graphed):
+            model.zero_grad(set_to_none=True)
+            inputs_1TH = embedded_1TH.clone().requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden_1TH = blocks(inputs_1TH, positions_1T, starts)
+            loss = hidden_1TH.float().square().sum()
+            loss.backward()
+            named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            found.append((hidden_1TH.detach().clone(), inputs_1TH.grad, named))
+            held.append(loss)
+        torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
