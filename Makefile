@@ -27,14 +27,17 @@ ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
 endif
 MODEL := $(RUN)/model/aligned
 
-.PHONY: demo beauty test lint bench clean
+.PHONY: demo aligned beauty test lint bench clean
 
-demo: .venv/ready
+demo: aligned
+	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml
+	$(WHYREC) recommend $(MODEL) --run $(RUN) --user 1 --user 2 --user 3
+
+# The demo's model folder; the tests look into it too.
+aligned: .venv/ready
 	$(WHYREC) prepare ml-100k --run $(RUN)
 	$(WHYREC) index --run $(RUN) --recipe $(RECIPES)/index.yaml $(INDEX_FROM)
 	$(WHYREC) align --run $(RUN) --recipe $(RECIPES)/align.yaml $(ALIGN_FROM)
-	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml
-	$(WHYREC) recommend $(MODEL) --run $(RUN) --user 1 --user 2 --user 3
 
 beauty: .venv/ready
 	@test -n "$(SOURCE)" || { echo "name the downloaded files: make beauty SOURCE=FOLDER"; exit 2; }
@@ -42,10 +45,10 @@ beauty: .venv/ready
 	$(WHYREC) index --run runs/beauty --recipe recipes/beauty/index.yaml
 	$(WHYREC) align --run runs/beauty --recipe recipes/beauty/align.yaml
 	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --language \
-		--sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
+		--prior auto --sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
 # The tests of `serve` run a real vLLM on the CPU; those that share one are a group.
-test: lint .venv/serve
+test: lint .venv/serve aligned
 	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready

@@ -2,26 +2,41 @@
 
     python eval/bench/train.py runs/beauty [--json eval/results/train/NAME.json]
 
-All weights of SmolLM2-135M train on the same examples of the run's alignment mix: once by
-`AlignTrainer` (packed rows, compiled blocks, losses where they are wanted), once by an `SFTTrainer`
-with TRL's defaults (8 padded sequences a step, gradient checkpointing, full logits).
+All weights of SmolLM2-135M train on the same examples of the run's alignment mix: by `AlignTrainer`
+(packed rows, compiled blocks, losses where they are wanted) on rows of several lengths, with our
+attention and with PyTorch's for documents of any length, and by an `SFTTrainer` with TRL's defaults
+(8 padded sequences a step, gradient checkpointing, full logits).
 
 Tokens are counted without padding. MFU is 6 · N · tokens/s over the card's dense bf16 peak, N being
 all parameters, embedding included once. Steps before the tenth are not timed: kernels compile then.
+After the timed steps a few more say which kernels a step's time goes to:
+
+    train/tokens_per_s, train/mfu                 the fastest row
+    train/tokens_per_s/row_ROW, train/mfu/row_ROW
+    train/kernel_ms/row_ROW/GROUP                 GPU time a step, by `GROUPS`
+    train/…_varlen/row_ROW                        the same with PyTorch's attention
+    train/tokens_per_s_trl_default, train/mfu_trl_default
+
+What matters most is measured first, and nothing is begun after `--seconds`.
 """
 
 import argparse
+import gc
 import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset as Rows
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from whyrec.backbone import fused_projections, packed_attention
 from whyrec.backbone.extend import extend_vocabulary
 from whyrec.backbone.load import load_backbone
 from whyrec.catalog.dataset import Dataset
@@ -38,20 +53,52 @@ from whyrec.train.trainer import AlignTrainer
 from whyrec.train.validation import Validation
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, NVIDIA's datasheets
-UNTIMED = 10
+UNTIMED, PROFILED = 10, 3
+GROUPS = {  # by what is in a kernel's name; the first that fits
+    "attention": ("flash", "forward_kernel", "gradient_kernel"),
+    "matmul": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm"),
+    "optimizer": ("multi_tensor", "adam"),
+    "text_loss": ("text_kernel",),
+    "compiled": ("triton",),
+    "copies": ("memcpy", "memset", "copy", "fill"),
+    "other": ("",),
+}
 
 
 class StepTimer(TrainerCallback):
-    """Seconds between the end of step `UNTIMED` and the end of training, the GPU's work done."""
+    """Times the steps after `UNTIMED`, the GPU's work done, and looks into those after `last`.
 
-    def __init__(self) -> None:
-        self.start = self.stop = 0.0
+    Attributes:
+        seconds: of the timed steps.
+        kernel_ms: by group, GPU time a step.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last, self.seconds = last, 0.0
+        self.kernel_ms = dict.fromkeys(GROUPS, 0.0)
+        on_gpu = torch.cuda.is_available()
+        self.profile = profile(
+            activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+        )
 
     def on_step_end(self, args, state, control, **_) -> None:
-        if state.global_step in (UNTIMED, args.max_steps):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.start, self.stop = self.stop, time.perf_counter()
+        if state.global_step not in (UNTIMED, self.last, self.last + PROFILED):
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == UNTIMED:
+            self.seconds -= time.perf_counter()
+        elif state.global_step == self.last:
+            self.seconds += time.perf_counter()
+            if args.max_steps > self.last:
+                self.profile.start()
+        else:
+            self.profile.stop()
+            for event in self.profile.key_averages():
+                micro = event.self_device_time_total or event.self_cpu_time_total
+                name = event.key.lower()
+                group = next(g for g, parts in GROUPS.items() if any(p in name for p in parts))
+                self.kernel_ms[group] += micro / 1e3 / PROFILED
 
 
 class Setting:
@@ -85,16 +132,17 @@ class Setting:
         return model
 
 
-def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> float:
-    """Tokens a second of `AlignTrainer`."""
+def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> tuple[float, dict]:
+    """Tokens a second of `AlignTrainer`, and GPU milliseconds of a step by group of kernels."""
     order = PackedOrder(setting.mix, tokens=row_tokens, seed=0)
-    steps = min(steps, len(order))
+    last = min(steps, len(order) - PROFILED)
+    assert last > UNTIMED, f"the mix has {len(order)} rows of {row_tokens} tokens: too few to time"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = AlignTrainer(
         setting.fresh(),
         args=training_arguments(
             folder,
-            num_rows=steps,
+            num_rows=last + PROFILED,
             accumulated=1,
             lr=1e-5,
             weight_decay=0.01,
@@ -111,11 +159,11 @@ def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> floa
         ),
         compiled=True,
     )
-    timer = StepTimer()
+    timer = StepTimer(last)
     trainer.add_callback(timer)
     trainer.train()
-    timed = [index for row in order.rows[UNTIMED:steps] for index in row]
-    return sum(map(setting.mix.length, timed)) / (timer.stop - timer.start)
+    timed = [index for row in order.rows[UNTIMED:last] for index in row]
+    return sum(map(setting.mix.length, timed)) / timer.seconds, timer.kernel_ms
 
 
 def trl_default(setting: Setting, *, steps: int, folder: Path) -> float:
@@ -140,40 +188,77 @@ def trl_default(setting: Setting, *, steps: int, folder: Path) -> float:
         train_dataset=Rows.from_list(examples),
         processing_class=setting.encoder.tokenizer,
     )
-    timer = StepTimer()
+    timer = StepTimer(steps)
     trainer.add_callback(timer)
     trainer.train()
     share = (steps - UNTIMED) / steps  # TRL shuffles: the examples of a step are not known
-    return share * sum(len(e["input_ids"]) for e in examples) / (timer.stop - timer.start)
+    return share * sum(len(e["input_ids"]) for e in examples) / timer.seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder with dataset and sids")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768, 65536])
-    parser.add_argument("--steps", type=int, default=40)
+    rows = parser.add_argument("--rows", type=int, nargs="+", default=[32768, 65536, 8192])
+    rows.help = "tokens a row, the most important first (default: 32768 65536 8192)"
+    parser.add_argument("--steps", type=int, default=30, help=f"timed from {UNTIMED} on")
+    parser.add_argument("--seconds", type=float, default=80, help="nothing is begun after")
+    parser.add_argument("--without-varlen", action="store_true", help="our attention alone")
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args()
+    start = time.perf_counter()
     setting = Setting(options.run, backbone=options.backbone)
     num_parameters = sum(p.numel() for p in setting.model.parameters())
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    peak = next((tera for card, tera in PEAK_TFLOPS.items() if card in name), float("nan")) * 1e12
+    peak = next((tera for card, tera in PEAK_TFLOPS.items() if card in name), 0.0) * 1e12
     figures: dict[str, float] = {}
 
-    def add(key: str, tokens_per_s: float) -> None:
-        mfu = 6 * num_parameters * tokens_per_s / peak
+    def add(key: str, tokens_per_s: float, kernel_ms: dict[str, float]) -> None:
         figures[f"train/tokens_per_s{key}"] = tokens_per_s
-        figures[f"train/mfu{key}"] = mfu
-        print(f"{key or 'best'}: {tokens_per_s:,.0f} tokens/s, MFU {mfu:.3f}", flush=True)
+        if peak:
+            figures[f"train/mfu{key}"] = 6 * num_parameters * tokens_per_s / peak
+        figures.update({f"train/kernel_ms{key}/{group}": ms for group, ms in kernel_ms.items()})
+        groups = ", ".join(f"{group} {ms:.1f}" for group, ms in kernel_ms.items())
+        print(
+            f"[{time.perf_counter() - start:.0f} s] {key or 'best'}: {tokens_per_s:,.0f} tokens/s, "
+            f"MFU {figures.get(f'train/mfu{key}', 0):.3f}; ms a step: {groups}",
+            flush=True,
+        )
+
+    def add_row(row: int, *, folder: Path, key: str) -> None:
+        speed, kernel_ms = ours(setting, row_tokens=row, steps=options.steps, folder=folder)
+        add(f"{key}/row_{row}", speed, kernel_ms)
+
+    def add_varlen(row: int, *, folder: Path) -> None:
+        def never(*_: object, **__: object) -> bool:
+            return False
+
+        with (
+            patch.object(packed_attention, "is_supported", never),
+            patch.object(fused_projections, "is_supported", never),
+        ):
+            add_row(row, folder=folder, key="_varlen")
+
+    def add_default(*, folder: Path) -> None:
+        add("_trl_default", trl_default(setting, steps=options.steps, folder=folder), {})
 
     with tempfile.TemporaryDirectory() as folder:
-        for row in options.rows:
-            speed = ours(setting, row_tokens=row, steps=options.steps, folder=Path(folder) / "ours")
-            add(f"/row_{row}", speed)
-        default = trl_default(setting, steps=options.steps, folder=Path(folder) / "trl")
-    add("", max(figures[f"train/tokens_per_s/row_{row}"] for row in options.rows))
-    add("_trl_default", default)
+        here = Path(folder)
+        parts: list[tuple[Callable[..., None], dict]] = [
+            *((add_row, {"row": row, "key": ""}) for row in options.rows),
+            (add_default, {}),
+            *((add_varlen, {"row": row}) for row in options.rows if not options.without_varlen),
+        ]
+        for number, (measure, settings) in enumerate(parts):
+            if number and time.perf_counter() - start > options.seconds:
+                print(f"no time left for {measure.__name__} {settings}", flush=True)
+                continue
+            measure(**settings, folder=here / str(number))
+            gc.collect()  # a trainer and its callbacks hold each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    speeds = {key: value for key, value in figures.items() if "/tokens_per_s/row_" in key}
+    add("", max(speeds.values()), {})
     if options.json:
         record(
             options.json,

@@ -52,8 +52,7 @@ def test_fused_blocks_compute_what_they_did(short: bool, monkeypatch: pytest.Mon
     model = make_model(vocab_size=20, hidden_size=64, head_dim=32)
     hidden_1TH, gradients = run(model)
     if short:
-        monkeypatch.setattr(short_attention, "FORWARD_TILE", Tile(16, 1, 1))
-        monkeypatch.setattr(short_attention, "BACKWARD_TILE", Tile(16, 1, 1))
+        monkeypatch.setattr(short_attention, "TILE", Tile(16, 1, 1))
         for module in (packed_attention, fused_projections):
             monkeypatch.setattr(module, "is_supported", lambda *_, **__: True)
     fuse_projections(model)

@@ -7,6 +7,8 @@ The kernels run in Triton's interpreter where there is no GPU: `pip install trit
 import importlib.util
 import os
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,28 @@ def test_bounds_are_those_of_every_tokens_document(lengths: list[int]) -> None:
     bounds_2T = document_bounds(starts, tokens=len(wanted))
     assert bounds_2T.dtype == torch.int32
     assert list(zip(*bounds_2T.tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "supported"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (9, 9, 128)}, False),
+        ({"is_cuda": False}, False),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_left_to_pytorch(
+    change: dict, supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_attention, "_HAS_TRITON", True)
+    heads: Any = SimpleNamespace(
+        **{"is_cuda": True, "dtype": torch.bfloat16, "shape": (9, 9, 64)} | change
+    )
+    assert short_attention.is_supported(heads, longest=1302) == supported
+    assert not short_attention.is_supported(heads, longest=8192)
+    monkeypatch.setattr(short_attention, "_HAS_TRITON", False)
+    assert not short_attention.is_supported(heads, longest=1302)
 
 
 def reference(
@@ -82,18 +106,14 @@ ROWS = {
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rotated"), [(6, 2, True), (2, 2, False), (4, 1, True)]
 )
-@pytest.mark.parametrize("split", [False, True])
 def test_kernels_attend_as_pytorch_does_document_by_document(
     lengths: list[int],
-    split: bool,
     heads: int,
     kv_heads: int,
     rotated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(short_attention, "FORWARD_TILE", Tile(16, 1, 1))
-    monkeypatch.setattr(short_attention, "BACKWARD_TILE", Tile(16, 1, 1))
-    monkeypatch.setattr(short_attention, "KEY_TILE", Tile(16, 1, 1) if split else None)
+    monkeypatch.setattr(short_attention, "TILE", Tile(16, 1, 1))
     tokens, size = sum(lengths), 32
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     heads_TNE = torch.randn(tokens, heads + 2 * kv_heads, size, device=DEVICE, requires_grad=True)

@@ -1,13 +1,17 @@
 """A model folder loads as a whole or says in one sentence what is wrong with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import LEVEL_SIZES, NUM_ITEMS
+from whyrec.catalog.dataset import Item
+from whyrec.catalog.withheld import withheld
 from whyrec.decode.model_folder import CATALOGUE_FILES, Settings, load_model_folder
+from whyrec.prompting.encoder import item_text
 from whyrec.sid.trie import Trie
 
 
@@ -102,3 +106,23 @@ def test_settings_of_another_trie(model_folder) -> None:
 def test_every_catalogue_file_is_copied(saved_model, prepared_run) -> None:
     for name in CATALOGUE_FILES:
         assert (saved_model / name).read_bytes() == (prepared_run / "sids" / name).read_bytes()
+
+
+def test_notes_of_a_folder_and_what_training_may_see(prepared_run: Path, extended) -> None:
+    items = [*extended.dataset.items, Item("bare")]
+    settings = Settings(
+        "aligned", "tiny", list(LEVEL_SIZES), 8, withheld=0.5, note_events=3, text_tokens=4
+    )
+    notes = settings.notes(items, visits=prepared_run / "nothing.parquet")
+    assert notes is not None and notes.visits is None
+    assert notes.text(0) == item_text(items[0]) and notes.text(len(items) - 1) == ""
+    hidden = settings.notes(items, visits=prepared_run / "nothing.parquet", training=True)
+    silent_N = withheld(items, share=0.5)
+    assert hidden is not None and 0 < silent_N.sum() < len(items)
+    assert all((hidden.text(n) == "") == silent_N[n] for n in range(len(items) - 1))
+    assert (
+        Settings("aligned", "tiny", list(LEVEL_SIZES), 8, neighbours=0, note_events=3).notes(
+            items, visits=prepared_run
+        )
+        is None
+    )

@@ -11,6 +11,7 @@ import torch
 from conftest import LEVEL_SIZES, NUM_ITEMS, NUM_USERS, make_run, save_model
 from whyrec.catalog.prepare import PrepareRecipe, prepare
 from whyrec.evaluation import comparison, prior
+from whyrec.evaluation import evaluate as evaluate_module
 from whyrec.evaluation.evaluate import evaluate
 from whyrec.evaluation.metrics import paired_gain_interval, ranking_metrics
 from whyrec.evaluation.report import figures_table
@@ -135,7 +136,8 @@ def test_the_record(run, tmp_path) -> None:
     ]
     in_run = json.loads((run / "eval" / "results.json").read_text())
     assert in_run["figures"] == figures
-    models = {key.split("/")[0] for key in figures} - {"gain_over"}
+    assert figures["evaluate/seconds"] > 0
+    models = {key.split("/")[0] for key in figures} - {"gain_over", "evaluate"}
     assert models == {"whyrec", "popularity", "co-visitation", "sasrec"}
     for model in models:
         for history in ("excluded", "kept"):
@@ -177,7 +179,8 @@ def test_trained_baselines_are_kept_for_every_split_and_user(run, capsys, monkey
     with monkeypatch.context() as patch:
         patch.setattr(comparison.sasrec, "train", None)
         patch.setattr(comparison.tiger, "train", None)
-        assert evaluate(model, run, split="test", beams=20, **recipes) == first
+        again = evaluate(model, run, split="test", beams=20, **recipes)
+        assert again | {"evaluate/seconds": first["evaluate/seconds"]} == first
         told = capsys.readouterr().err
         assert "sasrec: unchanged" in told and "tiger: unchanged" in told
         few = evaluate(model, run, split="test", beams=20, users=6, **recipes)
@@ -338,3 +341,26 @@ def test_a_model_without_its_history_has_seed_0(run, capsys) -> None:
     evaluate(run / "model" / "aligned", run, split="test", beams=20)
     assert "its seed is recorded as 0" in capsys.readouterr().err
     assert json.loads((run / "eval" / "results.json").read_text())["seed"] == 0
+
+
+def test_what_was_measured_before_a_failure_is_kept(run, tmp_path, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> dict:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "seed-7.json"
+    for step, known in (("rank_baselines", "whyrec"), ("language_figures", "popularity")):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate_module, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(
+                    run / "model" / "aligned",
+                    run,
+                    split="test",
+                    beams=20,
+                    sasrec_recipe=SASREC,
+                    language=True,
+                    json_path=path,
+                )
+        figures = json.loads(path.read_text())["figures"]
+        assert f"{known}/test/excluded/R@10" in figures
+        assert not any(key.startswith(("language/", "caption/")) for key in figures)

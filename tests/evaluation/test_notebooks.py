@@ -12,7 +12,6 @@ from test_inspection import thinking
 
 HERE = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((HERE / "eval" / "notebooks").glob("*.ipynb"))
-RELEASED = HERE / "runs" / "ml-100k" / "model" / "aligned"
 PATH = 'MODEL = Path("../../runs/ml-100k/model/aligned")'
 
 
@@ -71,8 +70,7 @@ def test_results_of_a_run_that_was_not_measured(tiny: Path) -> None:
     assert "no results" in shown and "no figures with thinking" in shown
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason="`make demo` makes the released model's folder")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_on_the_released_checkpoint(notebook: Path) -> None:
-    shown = run_notebook(notebook, RELEASED)
+def test_on_the_released_checkpoint(notebook: Path, released_run: Path) -> None:
+    shown = run_notebook(notebook, released_run / "model" / "aligned")
     assert "<table" in shown

@@ -301,3 +301,11 @@ def test_words_and_numbers() -> None:
     ]
     assert html_prose("`a` <b>") == "<code>a</code> &lt;b&gt;"
     assert markdown_cell("a|b\n<i>_x_") == r"a\|b &lt;i>\_x\_"
+
+
+def test_of_the_released_checkpoint(released_run: Path, tmp_path: Path) -> None:
+    recorded = Path(__file__).resolve().parents[2] / "eval" / "results" / "ml-100k"
+    for written in report(released_run, results=[recorded], output=tmp_path):
+        text = written.read_text(encoding="utf-8")
+        assert "1,349" in text and "Co-visitation counts" in text and ".2174" in text
+        assert "whyrec activate" in text  # what the run lacks, and how to make it

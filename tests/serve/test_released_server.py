@@ -1,4 +1,4 @@
-"""The released MovieLens-100K checkpoint, served: what `make demo` made, where it has been run."""
+"""The released MovieLens-100K checkpoint, served."""
 
 import subprocess
 from pathlib import Path
@@ -11,18 +11,15 @@ from test_real_server import Server
 
 from whyrec import Recommender
 
-RUN = Path(__file__).parents[2] / "runs" / "ml-100k"
-MODEL = RUN / "model" / "aligned"
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not (MODEL / "whyrec.json").exists(), reason="run `make demo` first"),
-]
+pytestmark = pytest.mark.timeout(600)
 
 
-def test_it_recommends_what_the_recommender_does(tmp_path) -> None:
-    server = Server(MODEL, tmp_path / "log.txt", "--max-model-len", "2048", "--run", str(RUN))
+def test_it_recommends_what_the_recommender_does(released_run: Path, tmp_path: Path) -> None:
+    folder = released_run / "model" / "aligned"
+    options = ["--max-model-len", "2048", "--run", str(released_run)]
+    server = Server(folder, tmp_path / "log.txt", *options)
     try:
-        recommender = Recommender.from_pretrained(MODEL, device="cpu")
+        recommender = Recommender.from_pretrained(folder, device="cpu")
         for history in (["50", "172", "181"], ["1", "95", "588", "71"], []):
             wanted = recommender.recommend(history, k=10)
             answer = server.client.recommend(history, k=10)

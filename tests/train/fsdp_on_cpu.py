@@ -1,6 +1,7 @@
 """`align` under FSDP2 on the CPU: `torchrun … fsdp_on_cpu.py RUN RECIPE_JSON`, for test_align.py.
 
-Accelerate shards on accelerators only, so these gloo processes tell it that they are some.
+Accelerate shards on accelerators only, so these gloo processes tell it that they are some. Blocks
+are fused as they are there.
 """
 
 import json
@@ -21,6 +22,7 @@ os.environ |= {
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from fused_on_cpu import fuse_in_training
 
 from whyrec.train.align import align
 from whyrec.train.align_recipe import AlignRecipe
@@ -37,4 +39,5 @@ def _as_if_on_gpus(self: Any, *arguments: Any, **settings: Any) -> None:
 
 if __name__ == "__main__":
     PartialState.__init__ = _as_if_on_gpus
+    fuse_in_training()
     align(Path(sys.argv[1]), AlignRecipe(**json.loads(sys.argv[2])))

@@ -250,7 +250,7 @@ def test_a_killed_training_resumes_from_its_checkpoint(
         return train_step(self, *arguments, **settings)
 
     monkeypatch.setattr(AlignTrainer, "training_step", counting)
-    monkeypatch.setattr(align_module, "own_replies", own_replies_from_cache)
+    monkeypatch.setattr(align_module, "own_conversations", replies_from_cache)
     align(run, recipe)
     assert set(steps) == {(".mix", 4), (".mix", 5)}  # neither the warm-up nor steps 0 to 3 again
     assert training_log(run) == training_log(expected_run)
@@ -262,7 +262,7 @@ def test_a_killed_training_resumes_from_its_checkpoint(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def own_replies_from_cache(*_arguments: object, cache: Path, **_settings: object) -> list:
+def replies_from_cache(*_arguments: object, cache: Path, **_settings: object) -> list:
     assert cache.exists(), "the replies were made again"
     return [tuple(pair) for pair in json.loads(cache.read_text("utf-8"))]
 

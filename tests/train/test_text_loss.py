@@ -35,16 +35,18 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
 
 
 @needs_triton
-@pytest.mark.parametrize(("vocabulary", "apart"), [(5000, 5008), (4096, 4096), (70, 128)])
-def test_kernel_overwrites_logits_with_their_gradient(vocabulary: int, apart: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "width"), [(5000, 5056), (4096, 4096), (70, 128)])
+def test_kernel_overwrites_logits_with_their_gradient(vocabulary: int, width: int) -> None:
     from whyrec.train.text_kernel import nll_and_gradient_
 
-    # What lies between the rows is nobody's, and may be anything.
-    buffer_CW = torch.full((3, apart), torch.nan, device=DEVICE)
-    logits_CV = buffer_CW[:, :vocabulary]
-    logits_CV.copy_(torch.randn(3, vocabulary, device=DEVICE) * 5)
-    exact_CV = logits_CV.clone().requires_grad_()
+    # What is beyond the vocabulary is no token's, and may be anything.
+    logits_CW = torch.full((3, width), torch.nan, device=DEVICE)
+    logits_CW[:, :vocabulary] = torch.randn(3, vocabulary, device=DEVICE) * 5
+    exact_CV = logits_CW[:, :vocabulary].clone().requires_grad_()
     targets_C = torch.tensor([0, vocabulary - 1, vocabulary // 2], device=DEVICE)
     wanted_C = F.cross_entropy(exact_CV, targets_C, reduction="none")
-    torch.testing.assert_close(nll_and_gradient_(logits_CV, targets_C), wanted_C.detach())
-    torch.testing.assert_close(logits_CV, torch.autograd.grad(wanted_C.sum(), exact_CV)[0])
+    found_C = nll_and_gradient_(logits_CW, targets_C, vocabulary=vocabulary)
+    torch.testing.assert_close(found_C, wanted_C.detach())
+    gradient_CV = torch.autograd.grad(wanted_C.sum(), exact_CV)[0]
+    torch.testing.assert_close(logits_CW[:, :vocabulary], gradient_CV)
+    assert (logits_CW[:, vocabulary:] == 0).all()

@@ -7,7 +7,8 @@ a sum of several. Weights stay the parameters that they are, and are laid side b
 to bf16, which copies them anyway. Rotation happens inside of `short_attention`, so that rotated
 queries and keys are never written.
 
-A fused module does what it did before in every call that is not over packed rows.
+A fused module does what it did before outside of training, and attention in every call that is not
+over packed rows.
 
 Dimensions: T tokens, D hidden size, N = H + 2 J heads of E elements, F inner size.
 """
@@ -61,6 +62,8 @@ class FusedMLP(LlamaMLP):
     """Gate and up by one product."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # a beam's few tokens would not pay for weights laid side by side
+            return super().forward(x)
         gate_1TF, up_1TF = _product(x, self.gate_proj, self.up_proj).chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate_1TF) * up_1TF)
 

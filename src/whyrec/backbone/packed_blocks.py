@@ -7,7 +7,8 @@ with one launch each.
 Dimensions: T tokens of a row, D documents, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -93,26 +94,29 @@ def _record(
         ):
             return blocks(embedded_1TH, position_ids_1T, document_starts_D)
 
-    def backward(hidden_1TH: Tensor, gradient_1TH: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            hidden_1TH, [embedded_1TH, *weights], gradient_1TH, allow_unused=True
-        )
+    with _fresh_leaves(blocks, weights) as leaves:
 
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):  # kernels are compiled and chosen before the recording
+        def backward(hidden_1TH: Tensor, gradient_1TH: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                hidden_1TH, [embedded_1TH, *leaves], gradient_1TH, allow_unused=True
+            )
+
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):  # kernels are compiled and chosen before the recording
+                hidden_1TH = forward()
+                backward(hidden_1TH, torch.zeros_like(hidden_1TH))
+        del hidden_1TH
+        torch.cuda.synchronize()
+        forward_graph, backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward_graph, capture_error_mode="thread_local"):
             hidden_1TH = forward()
-            backward(hidden_1TH, torch.zeros_like(hidden_1TH))
-    del hidden_1TH
-    torch.cuda.synchronize()
-    forward_graph, backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(forward_graph, capture_error_mode="thread_local"):
-        hidden_1TH = forward()
-    gradient_1TH = torch.empty_like(hidden_1TH)
-    with torch.cuda.graph(
-        backward_graph, pool=forward_graph.pool(), capture_error_mode="thread_local"
-    ):
-        gradients = backward(hidden_1TH, gradient_1TH)
+        gradient_1TH = torch.empty_like(hidden_1TH)
+        with torch.cuda.graph(
+            backward_graph, pool=forward_graph.pool(), capture_error_mode="thread_local"
+        ):
+            gradients = backward(hidden_1TH, gradient_1TH)
+    hidden_1TH = hidden_1TH.detach()
 
     class Replay(torch.autograd.Function):
         @staticmethod
@@ -122,7 +126,7 @@ def _record(
                 position_ids_1T.copy_(inputs[1])
                 document_starts_D.copy_(inputs[2])
             forward_graph.replay()
-            return hidden_1TH.detach()
+            return hidden_1TH.detach()  # autograd wants a tensor of its own each time
 
         @staticmethod
         @once_differentiable
@@ -134,3 +138,29 @@ def _record(
 
     # The weights are inputs too, so that autograd gives them their gradients.
     return lambda *inputs: Replay.apply(*inputs, *weights)
+
+
+@contextmanager
+def _fresh_leaves(blocks: nn.Module, weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters that stand in the place of `weights` for a while, in the same memory.
+
+    To autograd a weight belongs to the stream that used it first, for as long as anything computed
+    from it then is alive. An earlier loss that somebody holds would let a recording wait for a
+    stream that is not recorded, which CUDA forbids.
+    """
+    fresh = {weight: nn.Parameter(weight.detach()) for weight in weights}
+    # PyTorch's `functional_call` leaves the wrong tensor behind in a module of two names, as PEFT's
+    # new rows of a tied embedding are.
+    places = [
+        (module._parameters, name, weight)
+        for module in blocks.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and weight in fresh
+    ]
+    for parameters, name, weight in places:
+        parameters[name] = fresh[weight]
+    try:
+        yield list(fresh.values())
+    finally:
+        for parameters, name, weight in places:
+            parameters[name] = weight

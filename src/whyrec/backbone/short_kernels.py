@@ -3,9 +3,8 @@
 A program holds one tile of B tokens. Documents lie end to end, so the keys that a tile's queries
 see run from the start of its first token's document to the tile's end, and the queries that see its
 keys from its start to the end of its last token's document: a row's tokens alone say where to
-loop. The backward program owns its tile as queries and as keys at once, for the query heads of one
-key/value head: nobody else writes its gradients, so there are no atomics, and every run gives the
-same bits.
+loop. Gradients of queries and of keys and values come from a kernel each, whose programs own their
+tiles: nobody else writes there, so there are no atomics, and every run gives the same bits.
 
 Heads are read in halves, as the rotation (Su et al. 2021, arXiv 2104.09864, in the half-split form
 of Llama) pairs element e with e + E/2.
@@ -119,83 +118,6 @@ def _load_outcome(out_ptr, d_out_ptr, lse_ptr, head, queries_B, T, H: tl.constex
     out = _load(out_ptr, head, queries_B, T, H, 0, E, E)
     delta_B = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     return d_out, delta_B, tl.load(lse_ptr + head * T + queries_B, mask=queries_B < T, other=0.0)
-
-
-@triton.jit
-def backward_kernel(
-    heads_ptr, cos_ptr, sin_ptr, bounds_ptr, out_ptr, lse_ptr, d_out_ptr, grads_ptr, T, scale,
-    H: tl.constexpr, J: tl.constexpr, E: tl.constexpr, B: tl.constexpr, ROTATED: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one tile: of its keys and values of one head, and of the queries on them."""
-    N: tl.constexpr = H + 2 * J
-    HALF: tl.constexpr = E // 2
-    key_head = H + tl.program_id(0)
-    value_head = key_head + J
-    begin = tl.program_id(1) * B
-    own_B = begin + tl.arange(0, B)
-    own_first_B = tl.load(bounds_ptr + own_B, mask=own_B < T, other=T)
-    tile_first = tl.load(bounds_ptr + begin) // B * B
-    tile_stop = tl.load(bounds_ptr + T + tl.minimum(begin + B, T) - 1)
-    k_low, k_high = _load_turned(heads_ptr, cos_ptr, sin_ptr, key_head, own_B, T, N, E, ROTATED)
-    value = _load(heads_ptr, value_head, own_B, T, N, 0, E, E)
-    kind = value.dtype
-    dk_low = tl.zeros((B, HALF), tl.float32)
-    dk_high = tl.zeros((B, HALF), tl.float32)
-    dv = tl.zeros((B, E), tl.float32)
-    for member in range(H // J):
-        head = tl.program_id(0) * (H // J) + member
-        # Own queries on own keys.
-        q_low, q_high = _load_turned(heads_ptr, cos_ptr, sin_ptr, head, own_B, T, N, E, ROTATED)
-        d_out, delta_B, lse_B = _load_outcome(out_ptr, d_out_ptr, lse_ptr, head, own_B, T, H, E)
-        scores = _scores(q_low, q_high, k_low, k_high, own_B, own_B, own_first_B, scale)
-        weights = tl.exp2(scores - lse_B[:, None])
-        d_scores = weights * (_dot(d_out, tl.trans(value)) - delta_B[:, None])
-        d_scores = d_scores.to(kind)
-        dv = _dot(tl.trans(weights.to(kind)), d_out, dv)
-        dk_low = _dot(tl.trans(d_scores), q_low, dk_low)
-        dk_high = _dot(tl.trans(d_scores), q_high, dk_high)
-        dq_low = _dot(d_scores, k_low)
-        dq_high = _dot(d_scores, k_high)
-        # Own queries on earlier keys.
-        for start in range(tile_first, begin, B):
-            keys_B = start + tl.arange(0, B)
-            far_low, far_high = _load_turned(
-                heads_ptr, cos_ptr, sin_ptr, key_head, keys_B, T, N, E, ROTATED
-            )
-            far_value = _load(heads_ptr, value_head, keys_B, T, N, 0, E, E)
-            scores = _scores(q_low, q_high, far_low, far_high, own_B, keys_B, own_first_B, scale)
-            weights = tl.exp2(scores - lse_B[:, None])
-            d_scores = weights * (_dot(d_out, tl.trans(far_value)) - delta_B[:, None])
-            d_scores = d_scores.to(kind)
-            dq_low = _dot(d_scores, far_low, dq_low)
-            dq_high = _dot(d_scores, far_high, dq_high)
-        _store_turned_back(
-            grads_ptr, cos_ptr, sin_ptr, head, own_B, dq_low * scale, dq_high * scale,
-            T, N, E, ROTATED,
-        )  # fmt: skip
-        # Later queries on own keys.
-        for start in range(begin + B, tile_stop, B):
-            queries_B = start + tl.arange(0, B)
-            first_B = tl.load(bounds_ptr + queries_B, mask=queries_B < T, other=T)
-            q_low, q_high = _load_turned(
-                heads_ptr, cos_ptr, sin_ptr, head, queries_B, T, N, E, ROTATED
-            )
-            d_out, delta_B, lse_B = _load_outcome(
-                out_ptr, d_out_ptr, lse_ptr, head, queries_B, T, H, E
-            )
-            scores = _scores(q_low, q_high, k_low, k_high, queries_B, own_B, first_B, scale)
-            weights = tl.exp2(scores - lse_B[:, None])
-            d_scores = weights * (_dot(d_out, tl.trans(value)) - delta_B[:, None])
-            d_scores = d_scores.to(kind)
-            dv = _dot(tl.trans(weights.to(kind)), d_out, dv)
-            dk_low = _dot(tl.trans(d_scores), q_low, dk_low)
-            dk_high = _dot(tl.trans(d_scores), q_high, dk_high)
-    _store_turned_back(
-        grads_ptr, cos_ptr, sin_ptr, key_head, own_B, dk_low * scale, dk_high * scale,
-        T, N, E, ROTATED,
-    )  # fmt: skip
-    offsets = (own_B[:, None] * N + value_head) * E + tl.arange(0, E)[None, :]
-    tl.store(grads_ptr + offsets, dv.to(grads_ptr.dtype.element_ty), mask=own_B[:, None] < T)
 
 
 @triton.jit

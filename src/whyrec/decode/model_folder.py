@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from whyrec.backbone.load import load_backbone
 from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.dataset import Item, read_items
+from whyrec.catalog.withheld import withheld
 from whyrec.decode.think import ThoughtSettings
 from whyrec.prompting.encoder import PromptEncoder, item_text
 from whyrec.prompting.notes import Notes
@@ -68,25 +69,28 @@ class Settings:
     neighbours: int = 0
     text_tokens: int = 0
 
-    def notes(self, items: Sequence[Item], *, visits: Path) -> Notes | None:
+    def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
         """The notes of this model's prompts; None where it has none.
 
         Args:
             items: the catalogue.
             visits: the catalogue's `covisits.parquet`.
+            training: nothing is said of items whose text alignment withholds.
         """
         if not self.note_events or not (self.neighbours or self.text_tokens):
             return None
         ids = [item.item_id for item in items]
+        silent_N = withheld(items, share=self.withheld if training else 0.0)
+        texts = [
+            "" if silent or not (item.title or item.categories or item.brand) else item_text(item)
+            for item, silent in zip(items, silent_N, strict=True)
+        ]
         return Notes(
             self.note_events,
             self.neighbours,
             CoVisits.load(visits, item_ids=ids) if self.neighbours else None,
             self.text_tokens,
-            [
-                item_text(item) if item.title or item.categories or item.brand else ""
-                for item in items
-            ],
+            texts,
         )
 
 

@@ -11,6 +11,7 @@ how much plain language the model has kept.
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ def evaluate(
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
-    """Measure a model folder on a run's split and write `run/eval/results.json`.
+    """Measure a model folder on a run's split and write `run/eval/results.json`, part by part.
 
     Args:
         model: a model folder.
@@ -78,7 +79,7 @@ def evaluate(
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
         `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC` and
         `fused_gain/METRIC` (shares, history excluded), `cost/...`, `trace/...`, `prior/weight`,
-        `language/...` and `caption/...`.
+        `evaluate/seconds` (ranking without thinking, both ways), `language/...` and `caption/...`.
 
     Raises:
         ValueError: when the model belongs to another catalogue or cannot think, or the split holds
@@ -109,7 +110,7 @@ def evaluate(
     start = time.perf_counter()
     if think != "on":
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
-    seconds = (time.perf_counter() - start) / len(examples)
+        extra["evaluate/seconds"] = time.perf_counter() - start
     if think != "off":
         thinking = rank_after_thinking(
             recommender, examples, beams=beams, split=split, settings=settings
@@ -118,7 +119,7 @@ def evaluate(
         extra |= cost_figures(thinking)
     if think == "both":
         rows["whyrec-fused"] = fused_rankings(rows["whyrec"], thinking, beams=beams)
-        extra["cost/no-think/seconds"] = seconds
+        extra["cost/no-think/seconds"] = extra["evaluate/seconds"] / len(examples)
         extra |= think_gains(
             rows["whyrec"]["excluded"],
             {name: rows[f"whyrec-{name}"]["excluded"] for name in ("think", "fused")},
@@ -148,7 +149,36 @@ def evaluate(
         for name, ranking in rows["whyrec"].items():
             mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
             ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
-    ranked |= rank_baselines(
+    figures = extra
+
+    def keep(more: Mapping[str, float]) -> None:
+        """Write what is known so far: what comes next may take minutes, or be killed."""
+        figures.update(more)
+        for path in (run / "eval" / "results.json", json_path):
+            if path is not None:
+                record(
+                    path,
+                    name=f"{run.name} {split}",
+                    command=command,
+                    seed=seed,
+                    figures=dict(sorted(figures.items())),
+                    data_sha256=fingerprint(run / "dataset"),
+                )
+
+    def measured(lists: Mapping[str, np.ndarray]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for prefix, ranked_EK in lists.items():
+            found |= ranking_figures(
+                ranked_EK,
+                examples.targets_E,
+                num_items=len(dataset.items),
+                prefix=prefix,
+                available_E=_available(dataset, examples, history=prefix.split("/")[2]),
+            )
+        return found
+
+    keep(measured(ranked))
+    others = rank_baselines(
         dataset,
         examples,
         run,
@@ -157,34 +187,13 @@ def evaluate(
         sasrec_recipe=sasrec_recipe,
         tiger_recipe=tiger_recipe,
     )
+    gains = gain_figures(ranked | others, examples.targets_E) if think != "on" else {}
+    keep(measured(others) | gains)
     if language:
         backbone = recommender.settings.backbone
         llm, encoder = recommender.decoder.model, recommender.encoder
-        extra |= language_figures(llm, encoder, backbone=backbone)
-        extra |= caption_figures(llm, encoder, dataset, share=recommender.settings.withheld)
-    figures: dict[str, float] = {}
-    for prefix in sorted(ranked):
-        figures |= ranking_figures(
-            ranked[prefix],
-            examples.targets_E,
-            num_items=len(dataset.items),
-            prefix=prefix,
-            available_E=_available(dataset, examples, history=prefix.split("/")[2]),
-        )
-    if think != "on":
-        figures |= gain_figures(ranked, examples.targets_E)
-    figures |= extra
-    (run / "eval").mkdir(exist_ok=True)
-    for path in (run / "eval" / "results.json", json_path):
-        if path is not None:
-            record(
-                path,
-                name=f"{run.name} {split}",
-                command=command,
-                seed=seed,
-                figures=figures,
-                data_sha256=fingerprint(run / "dataset"),
-            )
+        keep(language_figures(llm, encoder, backbone=backbone))
+        keep(caption_figures(llm, encoder, dataset, share=recommender.settings.withheld))
     return figures
 
 

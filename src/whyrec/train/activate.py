@@ -103,7 +103,7 @@ def _build(
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         thinks=True,
-        notes=aligned.notes(dataset.items, visits=run / "sids" / COVISITS_FILE),
+        notes=aligned.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     check_context(
         plain_model(adapted),

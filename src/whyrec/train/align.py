@@ -22,11 +22,10 @@ from transformers import PreTrainedModel
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import add_lora, load_adapter
-from whyrec.catalog.dataset import Dataset, Item
-from whyrec.catalog.withheld import withheld
+from whyrec.catalog.dataset import Dataset
 from whyrec.decode.model_folder import COVISITS_FILE, Settings
 from whyrec.prompting.encoder import PromptEncoder
-from whyrec.prompting.templates import load_templates, template_file
+from whyrec.prompting.templates import template_file
 from whyrec.recipe import recipe_config
 from whyrec.sid.index import read_sids
 from whyrec.sid.quantizers import load_quantizer
@@ -39,7 +38,7 @@ from whyrec.train.continued import save_trained
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
-from whyrec.train.replay import own_replies
+from whyrec.train.replay import own_conversations
 from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.validation import Validation
 from whyrec.train.warmup import warm_up
@@ -101,11 +100,12 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
 
     model, tokenizer = load_backbone(recipe.backbone, random_weights=recipe.random_weights)
     with state.main_process_first():
-        replies = own_replies(
+        replies = own_conversations(
             model.to(state.device),
             tokenizer,
-            load_templates("general")["train"][: recipe.replays],
+            count=recipe.replays,
             max_tokens=recipe.replay_tokens,
+            seed=recipe.seed,
             cache=folder / ".replies.json",
         )
     vocabulary = extend_vocabulary(
@@ -121,17 +121,11 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbours=recipe.neighbours,
         text_tokens=recipe.text_tokens,
     )
-    # Notes in training know nothing of withheld texts, either.
-    silent_N = withheld(dataset.items, share=recipe.withheld)
-    told = [
-        Item(item.item_id) if silent else item
-        for item, silent in zip(dataset.items, silent_N, strict=True)
-    ]
     encoder = PromptEncoder(
         tokenizer,
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
-        notes=made.notes(told, visits=run / "sids" / COVISITS_FILE),
+        notes=made.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)

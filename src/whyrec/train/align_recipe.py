@@ -36,7 +36,8 @@ class AlignRecipe:
         drop_events: share of a sequence's events left out, others each epoch.
         jitter_events: places that events may change against each other, at most, each epoch.
         withheld: share of the items whose text is never shown, to test captions on.
-        replays: general prompts replayed each epoch.
+        replays: conversations of the backbone itself, replayed each epoch; beyond the packaged
+            prompts it makes up the questions too.
         replay_tokens: tokens of a replayed reply at most.
         evaluations: validations during the mix.
         valid_users: validation users at most; 0 for all.

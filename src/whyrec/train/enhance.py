@@ -149,7 +149,7 @@ def _parts(run: Path, recipe: EnhanceRecipe, activated: Settings) -> _Parts:
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         thinks=True,
-        notes=activated.notes(dataset.items, visits=run / "sids" / COVISITS_FILE),
+        notes=activated.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     thoughts = _thoughts(recipe, activated)
     prompt = len(encoder.answer_prompt([])) + encoder.history_tokens(activated.max_history)

@@ -1,4 +1,10 @@
-"""General language without a corpus: the backbone's own replies to a packaged prompt list."""
+"""General language without a corpus: the backbone's own conversations, replayed in alignment.
+
+The untouched backbone answers a packaged list of prompts. Where more are wanted it makes up the
+questions too: shown the opening of a user's turn and nothing else, a chat model goes on with what
+users ask (Magpie, Xu et al. 2024, arXiv 2406.08464). Replaying what a model would say itself is
+what keeps it from forgetting how (Scialom et al. 2022, arXiv 2205.12393).
+"""
 
 import json
 import sys
@@ -6,21 +12,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.prompting.templates import load_templates
 from whyrec.stage import write_json
 
-_BATCH = 32
+_BATCH = {"cpu": 32, "cuda": 256}
+_QUESTION_TOKENS = 64
+_SENTINEL = "\x1a"
 
 
-def own_replies(
+def own_conversations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
     *,
+    count: int,
     max_tokens: int,
+    seed: int,
     cache: Path,
 ) -> list[tuple[str, str]]:
     """The untouched backbone's greedy replies; (prompt, reply) pairs, kept in a JSON file.
@@ -28,31 +38,113 @@ def own_replies(
     Args:
         model: the backbone, before its vocabulary is extended.
         tokenizer: its tokenizer.
-        prompts: general questions.
+        count: how many; those beyond the packaged prompts have questions of the backbone's own,
+            and there are fewer where it has no chat format or cannot think of as many.
         max_tokens: of a reply at most.
+        seed: of the questions.
         cache: where the pairs are kept, and read from when they are there.
     """
     if cache.exists():
         return [(prompt, reply) for prompt, reply in json.loads(cache.read_text("utf-8"))]
-    system = load_templates("general")["system"]
-    pairs: list[tuple[str, str]] = []
-    starts = range(0, len(prompts), _BATCH)
-    for start in tqdm(starts, desc="replies to replay", unit="batch", file=sys.stderr):
-        batch = prompts[start : start + _BATCH]
-        texts = [_chat(tokenizer, system, prompt) for prompt in batch]
-        inputs = tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(model.device)
-        with torch.no_grad():
-            output_BT = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        new_BT = output_BT[:, inputs["input_ids"].shape[1] :]
-        replies = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
-        pairs += zip(batch, replies, strict=True)
+    templates = load_templates("general")
+    prompts = templates["train"][:count]
+    if count > len(prompts) and tokenizer.chat_template is not None:
+        known = {*prompts, *templates["held_out"]}  # which are for measuring
+        prompts += own_questions(model, tokenizer, count - len(prompts), known=known, seed=seed)
+    pairs = list(zip(prompts, own_replies(model, tokenizer, prompts, max_tokens), strict=True))
     write_json(cache, pairs)
     return pairs
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, system: str, prompt: str) -> str:
+def own_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    known: set[str],
+    seed: int,
+) -> list[str]:
+    """Questions that the backbone expects of users, all different; other random states are kept.
+
+    Args:
+        model: the backbone.
+        tokenizer: its tokenizer, with a chat template.
+        count: how many at most; tries end after three times as many.
+        known: questions that must not come.
+        seed: of the sampling.
+    """
+    before, after = _chat(tokenizer, _SENTINEL).split(_SENTINEL)
+    stop = tokenizer.encode(after, add_special_tokens=False)[0]
+    size = _BATCH[model.device.type]
+    found: dict[str, None] = {}
+    devices = [model.device] if model.device.type == "cuda" else []
+    bar = tqdm(total=count, desc="questions to replay", unit="question", file=sys.stderr)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for _ in range(-(-3 * count // size)):
+            sampled_BT = _generate(
+                model, tokenizer, [before] * size, _QUESTION_TOKENS, stop=stop, sampled=True
+            )
+            for row in sampled_BT.tolist():
+                if stop in row:  # what is cut off is no question
+                    text = tokenizer.decode(row[: row.index(stop)], skip_special_tokens=True)
+                    if text.strip() and text not in known:
+                        found[text] = None
+            bar.update(min(len(found), count) - bar.n)
+            if len(found) >= count:
+                break
+    bar.close()
+    return list(found)[:count]
+
+
+def own_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_tokens: int,
+) -> list[str]:
+    """The backbone's greedy reply to each prompt."""
+    replies: list[str] = []
+    size = _BATCH[model.device.type]
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, desc="replies to replay", unit="batch", file=sys.stderr):
+        texts = [_chat(tokenizer, prompt) for prompt in prompts[start : start + size]]
+        new_BT = _generate(model, tokenizer, texts, max_tokens)
+        replies += tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+    return replies
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int,
+    *,
+    stop: int | None = None,
+    sampled: bool = False,
+) -> Tensor:
+    """New tokens after each text [B, T]; settings of the backbone's own are left out."""
+    inputs = tokenizer(
+        list(texts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    ).to(model.device)
+    how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
+    output_BT = model.generate(
+        **inputs,
+        max_new_tokens=max_tokens,
+        **({"do_sample": False} | how),
+        **({} if stop is None else {"eos_token_id": stop}),
+    )
+    return output_BT[:, inputs["input_ids"].shape[1] :]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt in the backbone's chat format, the reply opened."""
+    system = load_templates("general")["system"]
     if tokenizer.chat_template is None:
         return f"{system}\n\nUser: {prompt}\nAssistant: "
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]

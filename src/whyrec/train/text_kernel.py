@@ -1,6 +1,6 @@
 """Triton kernel of `text_loss.py`: a softmax's loss, and its gradient in place of the logits.
 
-Dimensions: C positions, V vocabulary, W logits from one row to the next, B logits read at once.
+Dimensions: C positions, V vocabulary, W ≥ V logits of a row, B logits read at once.
 """
 
 import torch
@@ -38,18 +38,15 @@ def text_kernel(logits_ptr, targets_ptr, nll_ptr, V, W, B: tl.constexpr):
         here_B = start + tl.arange(0, B)
         logits_B = tl.load(logits_ptr + here_B, mask=here_B < W, other=0.0).to(tl.float32)
         gradient_B = tl.exp(logits_B - lse) - tl.where(here_B == target, 1.0, 0.0)
-        gradient_B = gradient_B.to(logits_ptr.dtype.element_ty)
+        gradient_B = tl.where(here_B < V, gradient_B, 0.0).to(logits_ptr.dtype.element_ty)
         tl.store(logits_ptr + here_B, gradient_B, mask=here_B < W)
 
 
-def nll_and_gradient_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Losses [C] in float32; the logits become the gradient of their sum.
-
-    Rows may lie wider apart than they are long; what lies between them is overwritten.
-    """
-    assert logits_CV.stride(1) == 1
-    nll_C = torch.empty(len(logits_CV), dtype=torch.float32, device=logits_CV.device)
-    text_kernel[(len(logits_CV),)](
-        logits_CV, targets_C, nll_C, logits_CV.shape[1], logits_CV.stride(0), B=4096, num_warps=8
+def nll_and_gradient_(logits_CW: Tensor, targets_C: Tensor, *, vocabulary: int) -> Tensor:
+    """Losses [C] in float32; the logits become the gradient of their sum, 0 beyond V."""
+    assert logits_CW.is_contiguous()
+    nll_C = torch.empty(len(logits_CW), dtype=torch.float32, device=logits_CW.device)
+    text_kernel[(len(logits_CW),)](
+        logits_CW, targets_C, nll_C, vocabulary, logits_CW.shape[1], B=4096, num_warps=8
     )
     return nll_C

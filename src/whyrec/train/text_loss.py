@@ -6,13 +6,15 @@ A loss that ends in a sum knows its gradient in the forward pass: a chunk's logi
 with theirs and turned into those of W and h at once, so that nothing is kept or made again for the
 backward pass (as in Liger's fused linear cross-entropy; Hsu et al. 2024, arXiv 2410.10989).
 
-Dimensions: M positions, V vocabulary, D hidden size.
+Dimensions: M positions, C positions of a chunk, V vocabulary, W ≥ V a multiple of 64, D hidden
+size.
 """
 
 import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,21 +41,22 @@ class _TextNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, head_VD: Tensor) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        d_hidden_MD, d_head_VD = torch.empty_like(hidden_MD), torch.zeros_like(head_VD)
+        # Added tokens leave V odd, and for that cuBLAS took Ampere's kernels: on an H100 the three
+        # products ran at a third of the speed of the blocks' (V = 50,180). Beyond V is no token.
+        vocabulary, width = len(head_VD), -(-len(head_VD) // 64) * 64
+        head_WD = F.pad(head_VD, (0, 0, 0, width - vocabulary))
+        d_hidden_MD, d_head_WD = torch.empty_like(hidden_MD), torch.zeros_like(head_WD)
         total = hidden_MD.new_zeros((), dtype=torch.float32)
-        # Added tokens leave V odd, and matrix products want rows that start at 16 bytes: rows of
-        # logits are laid wider apart than they are long.
-        vocabulary = len(head_VD)
-        logits_CW = hidden_MD.new_empty(min(_CHUNK, len(targets_M)), -(-vocabulary // 64) * 64)
+        logits_CW = hidden_MD.new_empty(min(_CHUNK, len(targets_M)), width)
         for start in range(0, len(targets_M), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            logits_CV = logits_CW[: len(targets_M[chunk]), :vocabulary]
-            torch.mm(hidden_MD[chunk], head_VD.T, out=logits_CV)
-            total += _nll_and_gradient_(logits_CV, targets_M[chunk])
+            here_CW = logits_CW[: len(targets_M[chunk])]
+            torch.mm(hidden_MD[chunk], head_WD.T, out=here_CW)
+            total += _nll_and_gradient_(here_CW, targets_M[chunk], vocabulary=vocabulary)
             if wanted:
-                d_hidden_MD[chunk] = logits_CV @ head_VD
-                d_head_VD.addmm_(logits_CV.T, hidden_MD[chunk])
-        ctx.save_for_backward(d_hidden_MD, d_head_VD)
+                d_hidden_MD[chunk] = here_CW @ head_WD
+                d_head_WD.addmm_(here_CW.T, hidden_MD[chunk])
+        ctx.save_for_backward(d_hidden_MD, d_head_WD[:vocabulary])
         return total
 
     @staticmethod
@@ -68,14 +71,14 @@ class _TextNll(torch.autograd.Function):
         )
 
 
-def _nll_and_gradient_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Sum of the losses; the logits become their gradient."""
-    if logits_CV.is_cuda and importlib.util.find_spec("triton") is not None:
+def _nll_and_gradient_(logits_CW: Tensor, targets_C: Tensor, *, vocabulary: int) -> Tensor:
+    """Sum of the losses; the logits become their gradient, which is 0 beyond the vocabulary."""
+    if logits_CW.is_cuda and importlib.util.find_spec("triton") is not None:
         from whyrec.train.text_kernel import nll_and_gradient_
 
-        return nll_and_gradient_(logits_CV, targets_C).sum()
-    log_probs_CV = logits_CV.float().log_softmax(-1)
+        return nll_and_gradient_(logits_CW, targets_C, vocabulary=vocabulary).sum()
+    log_probs_CV = logits_CW[:, :vocabulary].float().log_softmax(-1)
     loss = -log_probs_CV.gather(1, targets_C[:, None]).sum()
-    logits_CV.copy_(log_probs_CV.exp_())
-    logits_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+    logits_CW.zero_()[:, :vocabulary] = log_probs_CV.exp_()
+    logits_CW[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
     return loss

@@ -183,11 +183,14 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
 
 def _compile_blocks(model: PreTrainedModel) -> None:
     """Fuse and compile the transformer blocks in place: all share one compiled function."""
+    # A training has rows of one shape. Functions of an earlier one's shapes would let this one be
+    # compiled for shapes of all kinds, which is slower, or count against how many there may be.
+    torch.compiler.reset()
     fuse_projections(model)
     kinds = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in kinds:
-            module.compile()
+            module.compile(dynamic=False)
 
 
 def _render_row(batch: list[dict[str, int]], *, mix: Mix, **settings: Any) -> Row:
