@@ -96,8 +96,8 @@ def test_saved_and_loaded_for_a_catalogue_that_has_changed(tmp_path: Path) -> No
 
 
 def test_a_missing_or_damaged_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="whyrec index"):
+    with pytest.raises(ValueError, match="whyrec index --force"):
         CoVisits.load(tmp_path / "covisits.parquet", item_ids=[])
     (tmp_path / "covisits.parquet").write_bytes(b"no table")
-    with pytest.raises(ValueError, match="whyrec index"):
+    with pytest.raises(ValueError, match="whyrec index --force"):
         CoVisits.load(tmp_path / "covisits.parquet", item_ids=[])

@@ -185,7 +185,7 @@ class CoVisits:
             events_R, known = columns["events"].to_numpy(), columns["item_id"].to_pylist()
         except (pa.ArrowException, OSError, AttributeError, KeyError) as error:
             raise ValueError(
-                f"cannot read co-visits from {path} ({error}); run `whyrec index` again"
+                f"cannot read co-visits from {path} ({error}); run `whyrec index --force` again"
             ) from None
         place = {item_id: index for index, item_id in enumerate(item_ids)}
         index_R = np.array([place.get(item_id, -1) for item_id in known], dtype=np.int64)
