@@ -17,7 +17,7 @@ pytest_plugins = ("page_fixtures",)
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("page")]
 
 EVIL = "<img src=x onerror=document.body.remove()> & <b>bold</b>"
-THOUGHTS = {"samples": 1, "max_tokens": 60, "temperature": 0.0}
+THOUGHTS = {"samples": 1, "max_tokens": 160, "temperature": 0.0}
 CONTRASTS = Path(__file__).with_name("contrasts.js").read_text()
 
 
