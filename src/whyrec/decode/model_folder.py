@@ -80,11 +80,15 @@ class Settings:
         if not self.note_events or not (self.neighbours or self.text_tokens):
             return None
         ids = [item.item_id for item in items]
-        silent_N = withheld(items, share=self.withheld if training else 0.0)
-        texts = [
-            "" if silent or not (item.title or item.categories or item.brand) else item_text(item)
-            for item, silent in zip(items, silent_N, strict=True)
-        ]
+        texts: list[str] = []
+        if self.text_tokens:
+            silent_N = withheld(items, share=self.withheld if training else 0.0)
+            texts = [
+                item_text(item)
+                if not silent and (item.title or item.categories or item.brand)
+                else ""
+                for item, silent in zip(items, silent_N, strict=True)
+            ]
         return Notes(
             self.note_events,
             self.neighbours,

@@ -133,10 +133,13 @@ class PromptEncoder:
         note = levels * self.notes.neighbours + self.notes.text_tokens
         return (levels + 1) * num_items + note * min(num_items, self.notes.events)
 
+    def longest_prompt(self, num_items: int) -> int:
+        """Tokens of the prompt of a beam for so many items at most, without a thought."""
+        return len(self.recommendation_prompt([])) + self.history_tokens(num_items)
+
     def _note_text(self, item: int) -> list[int]:
-        notes = self.notes
-        assert notes is not None
-        return self.text(notes.text(item))[: notes.text_tokens] if notes.text(item) else []
+        assert self.notes is not None
+        return self.text(self.notes.text(item))[: self.notes.text_tokens]
 
     def render(self, template: str, **slots: Sequence[int]) -> list[list[int]]:
         """Fill a template's `{slots}` with token ids; the pieces in order, literals included."""

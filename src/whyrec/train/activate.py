@@ -21,7 +21,7 @@ from torch import nn
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Dataset
 from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.model_folder import COVISITS_FILE, Settings, read_settings
+from whyrec.decode.model_folder import Settings, read_settings
 from whyrec.decode.think import Thinker
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
@@ -39,7 +39,13 @@ from whyrec.train.activate_recipe import (
 from whyrec.train.align import check_checkpoint
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
 from whyrec.train.command import stage_command
-from whyrec.train.continued import check_adapter, check_context, continued_model, save_trained
+from whyrec.train.continued import (
+    check_adapter,
+    check_context,
+    continued_model,
+    save_trained,
+    training_encoder,
+)
 from whyrec.train.loss import SidLoss
 from whyrec.train.packing import PackedOrder
 from whyrec.train.rationales import (
@@ -98,19 +104,18 @@ def _build(
         run, run / "model" / "aligned", lora_rank=recipe.lora_rank, seed=recipe.seed
     )
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
-    encoder = PromptEncoder(
+    encoder = training_encoder(
+        run,
+        aligned,
         tokenizer,
         vocabulary=vocabulary,
-        codes_NL=codes_NL.tolist(),
+        items=dataset.items,
+        codes_NL=codes_NL,
         thinks=True,
-        notes=aligned.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     check_context(
         plain_model(adapted),
-        longest=len(encoder.answer_prompt([]))
-        + encoder.history_tokens(aligned.max_history)
-        + recipe.thought_tokens
-        + 16,
+        longest=encoder.longest_prompt(aligned.max_history) + recipe.thought_tokens + 16,
         max_history=aligned.max_history,
         thought=recipe.thought_tokens,
     )

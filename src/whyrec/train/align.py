@@ -23,7 +23,7 @@ from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import add_lora, load_adapter
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import COVISITS_FILE, Settings
+from whyrec.decode.model_folder import Settings
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
 from whyrec.recipe import recipe_config
@@ -34,7 +34,7 @@ from whyrec.stage import read_stage, run_stage
 from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
 from whyrec.train.command import stage_command
-from whyrec.train.continued import save_trained
+from whyrec.train.continued import save_trained, training_encoder
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
@@ -121,11 +121,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbours=recipe.neighbours,
         text_tokens=recipe.text_tokens,
     )
-    encoder = PromptEncoder(
-        tokenizer,
-        vocabulary=vocabulary,
-        codes_NL=codes_NL.tolist(),
-        notes=made.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
+    encoder = training_encoder(
+        run, made, tokenizer, vocabulary=vocabulary, items=dataset.items, codes_NL=codes_NL
     )
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
@@ -202,8 +199,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
 
 
 def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:
-    longest = len(encoder.recommendation_prompt([])) + encoder.history_tokens(recipe.max_history)
-    longest += 16
+    longest = encoder.longest_prompt(recipe.max_history) + 16
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
         raise ValueError(

@@ -6,22 +6,26 @@ one adapter again, however many stages it has passed, which can be released besi
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import load_adapter, plain_model, save_adapter
+from whyrec.catalog.dataset import Item
 from whyrec.decode.model_folder import (
+    COVISITS_FILE,
     Settings,
     load_model_folder,
     read_settings,
     save_model_folder,
 )
+from whyrec.prompting.encoder import PromptEncoder
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.sid.vocabulary import SidVocabulary
 from whyrec.stage import read_stage
@@ -76,6 +80,36 @@ def continued_model(
     token_ids = new_token_ids(vocabulary, tokenizer)
     adapted = load_adapter(model, folder / "checkpoint", token_ids=token_ids)
     return adapted, tokenizer, vocabulary
+
+
+def training_encoder(
+    run: Path,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary: SidVocabulary,
+    items: Sequence[Item],
+    codes_NL: Tensor,
+    thinks: bool = False,
+) -> PromptEncoder:
+    """The prompts that a stage trains on: in today's words, with notes as training may see them.
+
+    Args:
+        run: the run folder, for who is chosen near whom.
+        settings: of the model that trains.
+        tokenizer: of the extended backbone.
+        vocabulary: where the SID tokens are.
+        items: the catalogue.
+        codes_NL: its SIDs.
+        thinks: whether the model thinks before it recommends.
+    """
+    return PromptEncoder(
+        tokenizer,
+        vocabulary=vocabulary,
+        codes_NL=codes_NL.tolist(),
+        thinks=thinks,
+        notes=settings.notes(items, visits=run / "sids" / COVISITS_FILE, training=True),
+    )
 
 
 def check_context(model: PreTrainedModel, *, longest: int, max_history: int, thought: int) -> None:

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.lora import plain_model
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import COVISITS_FILE, Settings, load_model_folder, read_settings
+from whyrec.decode.model_folder import Settings, load_model_folder, read_settings
 from whyrec.decode.think import ThoughtSettings, text_tokens
-from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.templates import template_file
 from whyrec.reasoning.facts import FactBook
 from whyrec.reasoning.mentions import MentionFinder
@@ -36,7 +35,13 @@ from whyrec.stage import read_stage, run_stage
 from whyrec.train.align import check_checkpoint
 from whyrec.train.arguments import last_checkpoint
 from whyrec.train.command import stage_command
-from whyrec.train.continued import check_adapter, check_context, continued_model, save_trained
+from whyrec.train.continued import (
+    check_adapter,
+    check_context,
+    continued_model,
+    save_trained,
+    training_encoder,
+)
 from whyrec.train.dpo import ReplyCollator, ReplyDpoTrainer
 from whyrec.train.enhance_recipe import (
     EnhanceRecipe,
@@ -144,15 +149,17 @@ def _parts(run: Path, recipe: EnhanceRecipe, activated: Settings) -> _Parts:
     )
     model.to(processes().device)
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
-    encoder = PromptEncoder(
+    encoder = training_encoder(
+        run,
+        activated,
         tokenizer,
         vocabulary=vocabulary,
-        codes_NL=codes_NL.tolist(),
+        items=dataset.items,
+        codes_NL=codes_NL,
         thinks=True,
-        notes=activated.notes(dataset.items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
     thoughts = _thoughts(recipe, activated)
-    prompt = len(encoder.answer_prompt([])) + encoder.history_tokens(activated.max_history)
+    prompt = encoder.longest_prompt(activated.max_history)
     check_context(
         plain_model(model),
         longest=prompt + thoughts.max_tokens + vocabulary.num_levels,
