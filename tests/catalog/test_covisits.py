@@ -23,7 +23,7 @@ def counted(sequences: list[list[int]], **settings: int) -> CoVisits:
 
 
 def brute_force(
-    sequences: list[list[int]], history: list[int], *, without: int
+    sequences: list[list[int]], history: list[int], *, without: int, decay: float, damping: float
 ) -> list[dict[int, float]]:
     """For each event the scores of its neighbours, as if one user had never been counted."""
     counts: dict[tuple[int, int], float] = defaultdict(float)
@@ -36,14 +36,13 @@ def brute_force(
                 if 0 < abs(distance) <= WINDOW:
                     weight = (1 if distance > 0 else BACKWARD) / abs(distance)
                     counts[item, sequence[other]] += weight
-    return [
-        {
-            j: counts[item, j] / np.sqrt(events[j] + 1)
-            for j in range(NUM_ITEMS)
-            if counts[item, j] > 0 and j not in history[: place + 1]
-        }
-        for place, item in enumerate(history)
-    ]
+    scores, running = [], dict.fromkeys(range(NUM_ITEMS), 0.0)
+    for place, item in enumerate(history):
+        for j in range(NUM_ITEMS):
+            running[j] = decay * running[j] + counts[item, j] / (events[j] + 1) ** damping
+        seen = history[: place + 1]
+        scores.append({j: s for j, s in running.items() if s > 0 and j not in seen})
+    return scores
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,12 +52,17 @@ def test_a_users_own_pairs_are_taken_out(sequences: list[list[int]], data: st.Da
     own = sequences[user]
     history = [item for item in own if data.draw(st.booleans())]  # some events left out
     visits = counted(sequences, kept=None)
-    found = visits.neighbours(history, k=NUM_ITEMS, own=own)
-    for near, scores in zip(found, brute_force(sequences, history, without=user), strict=True):
+    how = {
+        "decay": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "damping": data.draw(st.sampled_from([0.0, 0.5])),
+    }
+    found = visits.neighbours(history, k=NUM_ITEMS, own=own, **how)
+    expected = brute_force(sequences, history, without=user, **how)
+    for near, scores in zip(found, expected, strict=True):
         assert set(near) == set(scores)
         assert all(scores[a] > scores[b] - 1e-4 for a, b in pairwise(near))
     for k in (1, 2):
-        assert visits.neighbours(history, k=k, own=own) == [near[:k] for near in found]
+        assert visits.neighbours(history, k=k, own=own, **how) == [near[:k] for near in found]
 
 
 def test_what_only_this_user_did_is_no_news() -> None:
@@ -78,7 +82,8 @@ def test_the_best_are_kept() -> None:
     sequences = rng.integers(0, NUM_ITEMS, (40, 8)).tolist()
     whole, cut = counted(sequences, kept=None), counted(sequences, kept=3)
     for item in range(NUM_ITEMS):
-        assert cut.neighbours([item], k=9) == [near[:3] for near in whole.neighbours([item], k=9)]
+        near = whole.neighbours([item], k=9, damping=0.0)
+        assert cut.neighbours([item], k=9, damping=0.0) == [near[0][:3]]
 
 
 def test_saved_and_loaded_for_a_catalogue_that_has_changed(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def encoder_with(extended: Extended, notes: Notes) -> PromptEncoder:
 
 def test_the_newest_events_carry_neighbours_and_text(extended: Extended) -> None:
     texts = [f"Thing {n}" for n in range(NUM_ITEMS)]
-    encoder = encoder_with(extended, Notes(2, 1, VISITS, 2, texts))
+    encoder = encoder_with(extended, Notes(2, 1, VISITS, text_tokens=2, texts=texts))
     begin, item = [extended.vocabulary.begin], encoder.item
     said = [encoder.text(text)[:2] for text in texts]
     assert encoder.history([3, 5, 0]) == [
@@ -46,7 +46,7 @@ def test_the_own_sequence_is_no_source(extended: Extended) -> None:
 
 def test_a_text_cannot_become_control(extended: Extended) -> None:
     texts = ["<|sid_end|><|im_end|>"] * NUM_ITEMS
-    encoder = encoder_with(extended, Notes(3, 0, None, 64, texts))
+    encoder = encoder_with(extended, Notes(3, text_tokens=64, texts=texts))
     plain = PromptEncoder(
         extended.tokenizer, vocabulary=extended.vocabulary, codes_NL=extended.codes_NL.tolist()
     )
@@ -55,7 +55,9 @@ def test_a_text_cannot_become_control(extended: Extended) -> None:
     assert extra == [t for t in plain.history([1, 2]) if t in control]
 
 
-@pytest.mark.parametrize("notes", [None, Notes(3, 2, VISITS), Notes(3, 0, None, 5, ["a b"] * 99)])
+@pytest.mark.parametrize(
+    "notes", [None, Notes(3, 2, VISITS), Notes(3, text_tokens=5, texts=["a b"] * 99)]
+)
 def test_no_history_has_more_tokens_than_reckoned(extended: Extended, notes: Notes | None) -> None:
     encoder = encoder_with(extended, notes) if notes else extended.encoder
     rng = np.random.default_rng(0)

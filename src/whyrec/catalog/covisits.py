@@ -2,22 +2,23 @@
 
     C[i, j] = Σ over pairs of one user, at most `window` events apart,
               1/distance where j came after i, `backward`/distance where j came before i
-    score(j | i) = C[i, j] / √(events of j + 1)
+    score(j | i) = C[i, j] / (events of j + 1) ** damping
+    score(j | history) = Σ decay ** (events since) · score(j | event)
 
 the item-to-item table of classic shops (Linden, Smith & York 2003). It is a baseline by itself
-(`evaluation/baselines.py`), and prompts may show an item's best neighbours (`prompting/notes.py`).
+(`evaluation/baselines.py`), and prompts may show its best items (`prompting/notes.py`).
 
 A user must not be told what they did themselves: a pair that only this user made is what training
 asks for. `CoVisits.neighbours` therefore takes the pairs of a user's own sequence out of the
 counts, and the own events out of the popularity, before it looks.
 
-Dimensions: N items, P pairs with a count, R of them in one row, H events of a user.
+Dimensions: N items, P pairs with a count, X of them in the rows of E events, U distinct items of
+these, H events of a user.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ from scipy import sparse
 from whyrec.catalog.dataset import write_table
 
 WINDOW, BACKWARD = 5, 0.5
-_KEPT = 64  # neighbours of an item that a file keeps
+_KEPT = 128  # neighbours of an item that a file keeps, those with the highest counts
 _ROUNDING = 1e-4
+_FADED = 0.01  # an event whose weight has fallen below this is not looked at any more
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CoVisits:
 
     Attributes:
         starts_N1: int64, where each item's row begins, and the end.
-        items_P: int32, neighbours, best first within a row.
+        items_P: int32, neighbours, of the highest count first within a row.
         counts_P: float32, C[i, j].
         events_N: float32, training events of each item.
     """
@@ -68,8 +70,7 @@ class CoVisits:
         counts_NN.eliminate_zeros()
         events_N = event_counts(sequences, num_items=num_items)
         rows_P = np.repeat(np.arange(num_items), np.diff(counts_NN.indptr))
-        scores_P = counts_NN.data / np.sqrt(events_N[counts_NN.indices] + 1)
-        order_P = np.lexsort((counts_NN.indices, -scores_P, rows_P))
+        order_P = np.lexsort((counts_NN.indices, -counts_NN.data, rows_P))
         if kept is not None:
             rank_P = np.arange(len(order_P)) - counts_NN.indptr[rows_P]
             order_P = order_P[rank_P < kept]
@@ -88,6 +89,8 @@ class CoVisits:
         k: int,
         own: Sequence[int] | np.ndarray | None = None,
         last: int | None = None,
+        decay: float = 0.0,
+        damping: float = 0.5,
     ) -> list[list[int]]:
         """For each event of a history the items that others chose near it, best first.
 
@@ -98,6 +101,9 @@ class CoVisits:
                 itself when None. Pairs that were never counted cost nothing: items of a history
                 are no news to whoever asks, and nobody else's counts change.
             last: of how many of the newest events; None for all.
+            decay: what an event's neighbours still weigh one event later: 0 looks at each event by
+                itself, above 0 at all of the history up to it.
+            damping: how far popular items are held back; 0 leaves the counts as they are.
 
         Returns:
             One list for each of those events; shorter than k where few items were ever near, empty
@@ -108,50 +114,41 @@ class CoVisits:
             >>> visits.neighbours([0], k=2)
             [[1, 2]]
         """
-        own_H = [int(item) for item in (history if own is None else own)]
-        first = 0 if last is None else max(0, len(history) - last)
-        return [
-            self._near(int(history[place]), seen=history[: place + 1], own=own_H, k=k)
-            for place in range(first, len(history))
-        ]
+        history_H = np.asarray(history, dtype=np.int64)
+        own_H = history_H if own is None else np.asarray(own, dtype=np.int64)
+        first = 0 if last is None else max(0, len(history_H) - last)
+        start = max(0, first - _memory(decay))
+        items_U, scores_EU = self._near(history_H[start:], own_H, damping=damping)
+        for event in range(1, len(scores_EU) if decay else 0):
+            scores_EU[event] += decay * scores_EU[event - 1]
+        # An item of the history is none from its first event on.
+        at_H, is_there_H = _places(items_U, history_H)
+        for place in np.flatnonzero(is_there_H):
+            scores_EU[max(place - start, 0) :, at_H[place]] = 0.0
+        return [_best(items_U, scores_U, k) for scores_U in scores_EU[first - start :]]
 
-    def _near(self, item: int, *, seen: Sequence[int], own: Sequence[int], k: int) -> list[int]:
-        row = slice(self.starts_N1[item], self.starts_N1[item + 1])
-        mine = self._own_pairs(item, own)
-        before = set(seen)
-        found: list[tuple[float, int]] = []
-        # Python, since few of these short rows' items need a second look.
-        for other, score in zip(
-            self.items_P[row].tolist(), self._scores_P[row].tolist(), strict=True
-        ):
-            if other in before:
-                continue
-            if other in mine:
-                events = float(self.events_N[other])
-                count = score * math.sqrt(events + 1) - mine[other]
-                # What is left of a count that was all one's own is rounding.
-                others = max(events - own.count(other), 0)
-                score = count / math.sqrt(others + 1) if count > _ROUNDING else 0.0
-            if score > 0:
-                found.append((score, other))
-        # The sort is stable and the rows are in order: of equal scores the lower index comes first.
-        return [other for _, other in sorted(found, key=lambda pair: -pair[0])[:k]]
-
-    def _own_pairs(self, item: int, own: Sequence[int]) -> dict[int, float]:
-        """By item of a user's own sequence, what this user adds to C[item, …]."""
-        mine = dict.fromkeys(own, 0.0)
-        for place, event in enumerate(own):
-            if event != item:
-                continue
-            for other in range(max(0, place - WINDOW), min(len(own), place + WINDOW + 1)):
-                if other != place:
-                    weight = 1.0 if other > place else BACKWARD
-                    mine[own[other]] += weight / abs(other - place)
-        return mine
-
-    @cached_property
-    def _scores_P(self) -> np.ndarray:
-        return self.counts_P.astype(np.float64) / np.sqrt(self.events_N[self.items_P] + 1)
+    def _near(
+        self, events_E: np.ndarray, own_H: np.ndarray, *, damping: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The items near any of some events, sorted [U], and their scores by event [E, U]."""
+        begins_E, ends_E = self.starts_N1[events_E], self.starts_N1[events_E + 1]
+        rows = [np.arange(a, b) for a, b in zip(begins_E.tolist(), ends_E.tolist(), strict=True)]
+        row_X = np.concatenate([np.empty(0, np.int64), *rows])
+        items_U, column_X = np.unique(self.items_P[row_X], return_inverse=True)
+        event_X = np.repeat(np.arange(len(events_E)), ends_E - begins_E)
+        counts_EU = np.zeros((len(events_E), len(items_U)))
+        counts_EU[event_X, column_X] = self.counts_P[row_X]
+        at_H, is_there_H = _places(items_U, own_H)
+        mine_EH = (events_E[:, None] == own_H) @ _pair_weights(len(own_H))
+        for place in np.flatnonzero(is_there_H):
+            counts_EU[:, at_H[place]] -= mine_EH[:, place]
+        # What is left of a count that was all one's own is rounding.
+        counts_EU[counts_EU <= _ROUNDING] = 0.0
+        if damping:
+            others_U = self.events_N[items_U].astype(np.float64)
+            np.subtract.at(others_U, at_H[is_there_H], 1)
+            counts_EU /= (np.maximum(others_U, 0) + 1) ** damping
+        return items_U, counts_EU
 
     def save(self, path: Path, *, item_ids: Sequence[str]) -> None:
         """Write Parquet, one row an item: its id, events, and rows and counts of its neighbours."""
@@ -201,6 +198,37 @@ class CoVisits:
             counts_P[order_P].astype(np.float32),
             events_N,
         )
+
+
+def _memory(decay: float) -> int:
+    """Events before the first noted one that still weigh on it."""
+    if not 0 < decay < 1:
+        return 0 if decay == 0 else 1 << 30
+    return int(np.ceil(np.log(_FADED) / np.log(decay)))
+
+
+def _places(sorted_U: np.ndarray, wanted_H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in a sorted array some items are, and whether they are there at all."""
+    at_H = np.searchsorted(sorted_U, wanted_H)
+    at_H = np.minimum(at_H, max(len(sorted_U) - 1, 0))
+    return at_H, sorted_U[at_H] == wanted_H if len(sorted_U) else np.zeros(len(at_H), bool)
+
+
+@cache
+def _pair_weights(length: int) -> np.ndarray:
+    """What a sequence adds to the counts: float64 [H, H], from the row's event to the column's."""
+    distance_HH = np.arange(length) - np.arange(length)[:, None]
+    near_HH = (distance_HH != 0) & (abs(distance_HH) <= WINDOW)
+    weights_HH = np.where(distance_HH > 0, 1.0, BACKWARD) / np.maximum(abs(distance_HH), 1)
+    return np.where(near_HH, weights_HH, 0.0)
+
+
+def _best(items_U: np.ndarray, scores_U: np.ndarray, k: int) -> list[int]:
+    """The k items of the highest scores above 0, of equal ones the lower index first."""
+    floor = np.partition(scores_U, -k)[-k] if len(scores_U) > k else 0.0
+    found = np.flatnonzero((scores_U >= floor) & (scores_U > 0))
+    order = np.argsort(-scores_U[found], kind="stable")[:k]
+    return items_U[found[order]].tolist()
 
 
 def event_counts(sequences: Sequence[np.ndarray], *, num_items: int) -> np.ndarray:

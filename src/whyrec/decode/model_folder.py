@@ -56,6 +56,7 @@ class Settings:
         withheld: share of the items whose text alignment never showed.
         note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
         neighbours: neighbours in a note at most.
+        neighbour_decay, neighbour_damping: how they are scored (`catalog/covisits.py`).
         text_tokens: tokens of the event's text in a note at most.
     """
 
@@ -67,6 +68,8 @@ class Settings:
     withheld: float = 0.0
     note_events: int = 0
     neighbours: int = 0
+    neighbour_decay: float = 0.0
+    neighbour_damping: float = 0.5
     text_tokens: int = 0
 
     def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
@@ -93,8 +96,10 @@ class Settings:
             self.note_events,
             self.neighbours,
             CoVisits.load(visits, item_ids=ids) if self.neighbours else None,
-            self.text_tokens,
-            texts,
+            decay=self.neighbour_decay,
+            damping=self.neighbour_damping,
+            text_tokens=self.text_tokens,
+            texts=texts,
         )
 
 

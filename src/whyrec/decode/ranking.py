@@ -1,7 +1,7 @@
 """Rank items for many histories: batched prompts, one prefill, one beam for each exclusion rule."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from whyrec.decode.beam import BeamDecoder
 from whyrec.prompting.encoder import PromptEncoder
+from whyrec.workers import in_processes
 
 # Prompt tokens of a batch: enough to fill the device, little enough for its memory; on a CPU so
 # few that the layers' activations nearly stay in the cache.
@@ -54,10 +55,9 @@ def rank_histories(
     Returns:
         One `Ranking` for each entry of `exclude_history`, in the order of `histories`.
     """
-    prompts = [encoder.recommendation_prompt(h[-max_history:].tolist()) for h in histories]
     return rank_prompts(
         decoder,
-        prompts,
+        written(histories, encoder.recommendation_prompt, max_history=max_history),
         histories,
         width=width,
         exclude_history=exclude_history,
@@ -98,6 +98,22 @@ def rank_prompts(
         bar.update(len(batch))
     bar.close()
     return rankings
+
+
+def written(
+    histories: Sequence[np.ndarray], write: Callable[[list[int]], list[int]], *, max_history: int
+) -> list[list[int]]:
+    """The prompts of some histories.
+
+    A prompt with notes takes a third of a millisecond of Python, more than a GPU needs to read it,
+    so that several processes write them.
+
+    Args:
+        histories: item indices, oldest first.
+        write: makes a prompt of one, e.g. `encoder.thinking_prompt`.
+        max_history: items of a history that a prompt holds at most.
+    """
+    return in_processes(lambda n: write(histories[n][-max_history:].tolist()), len(histories))
 
 
 def no_ranking(num_histories: int, *, width: int) -> Ranking:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from whyrec.decode.beam import Beams
-from whyrec.decode.ranking import Ranking, batches, no_ranking
+from whyrec.decode.ranking import Ranking, batches, no_ranking, written
 from whyrec.decode.think import Thinker, ThoughtSettings
 from whyrec.prompting.encoder import PromptEncoder
 
@@ -66,7 +66,7 @@ def rank_thinking(
     """
     keys = range(len(histories)) if keys is None else keys
     samples, decoder = settings.samples, thinker.decoder
-    prompts = [thinker.encoder.thinking_prompt(h[-max_history:].tolist()) for h in histories]
+    prompts = written(histories, thinker.encoder.thinking_prompt, max_history=max_history)
     rankings = [no_ranking(len(prompts), width=width) for _ in exclude_history]
     thoughts: list[list[list[int]]] = [[] for _ in prompts]
     closed_EG = np.zeros((len(prompts), samples), dtype=bool)

@@ -2,8 +2,10 @@
 
 *Neighbours* are the items that other users chose near an event (`catalog/covisits.py`), as SIDs:
 counts know exact pairs that a small model cannot keep in its weights, and a language model is good
-at picking up what stands before it. *Text* is the beginning of what the catalogue says of the
-event. The log and the catalogue are all they are made of, at training time as at serving time.
+at picking up what stands before it. With `decay` above 0 they are those of the whole history up to
+the event, older events counting less, so that the newest note is a shop's own list of what may come
+next. *Text* is the beginning of what the catalogue says of the event. The log and the catalogue are
+all they are made of, at training time as at serving time.
 
 A noted history is written `<|sid_begin|>EVENT NEIGHBOURS TEXT<|sid_begin|>EVENT …`, so that every
 event of it is predicted after `<|sid_begin|>`, as the next item is.
@@ -25,6 +27,7 @@ class Notes:
         events: how many of the newest events carry notes.
         neighbours: of an event, at most.
         visits: where neighbours are looked up; None where there are to be none.
+        decay, damping: how neighbours are scored; see `CoVisits.neighbours`.
         text_tokens: of an event's text, at most.
         texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
     """
@@ -32,6 +35,8 @@ class Notes:
     events: int
     neighbours: int = 0
     visits: CoVisits | None = None
+    decay: float = 0.0
+    damping: float = 0.5
     text_tokens: int = 0
     texts: Sequence[str] = ()
 
@@ -41,7 +46,14 @@ class Notes:
         """The neighbours of a history's noted events, oldest first; see `CoVisits.neighbours`."""
         if self.visits is None or not self.neighbours:
             return [[]] * min(self.events, len(history))
-        return self.visits.neighbours(history, k=self.neighbours, own=own, last=self.events)
+        return self.visits.neighbours(
+            history,
+            k=self.neighbours,
+            own=own,
+            last=self.events,
+            decay=self.decay,
+            damping=self.damping,
+        )
 
     def text(self, item: int) -> str:
         """What is said of an item."""

@@ -14,7 +14,7 @@ target's.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from whyrec.catalog.dataset import Item
@@ -23,6 +23,7 @@ from whyrec.reasoning.mentions import Mention, MentionFinder
 from whyrec.reasoning.titles import title_words, words_of
 from whyrec.reasoning.trace import read_trace
 from whyrec.sid.vocabulary import MARKERS
+from whyrec.workers import in_processes
 
 # So many words of a title in a row point to it.
 _TELLING_WORDS = 4
@@ -169,19 +170,20 @@ class RationaleFilter:
 
 
 def filter_rationales(
-    rows: Iterable[Row], checker: RationaleFilter
+    rows: Sequence[Row], checker: RationaleFilter
 ) -> tuple[list[str | None], FilterReport]:
     """Why each row is dropped, None for one to keep; and what became of all."""
-    reasons: list[str | None] = []
-    tokens = 0
-    for row in rows:
-        reasons.append(checker.reason(row.text, row.history, row.target))
-        if reasons[-1] is None:
-            assert row.text is not None
-            tokens += checker.count_tokens(row.text)
+
+    def looked_at(n: int) -> tuple[str | None, int]:
+        row = rows[n]
+        reason = checker.reason(row.text, row.history, row.target)
+        return reason, checker.count_tokens(row.text or "") if reason is None else 0
+
+    found = in_processes(looked_at, len(rows), progress="filtering rationales")
+    reasons = [reason for reason, _ in found]
     kept = reasons.count(None)
     dropped = Counter(why for why in reasons if why is not None)
-    mean = round(tokens / max(kept, 1), 2)
+    mean = round(sum(tokens for _, tokens in found) / max(kept, 1), 2)
     return reasons, FilterReport(len(reasons), kept, dict(dropped.most_common()), mean)
 
 

@@ -52,6 +52,10 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     """
     if recipe.beam_width < 10:
         raise ValueError(f"beam_width must be at least 10, for N@10, not {recipe.beam_width}")
+    if not 0 <= recipe.neighbour_decay <= 1 or recipe.neighbour_damping < 0:
+        raise ValueError(
+            "neighbour_decay must lie between 0 and 1, and neighbour_damping not below 0"
+        )
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     read_stage(run / "sids", made_by=f"whyrec index --run {run}")
     checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else None
@@ -119,6 +123,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         withheld=recipe.withheld,
         note_events=recipe.note_events,
         neighbours=recipe.neighbours,
+        neighbour_decay=recipe.neighbour_decay,
+        neighbour_damping=recipe.neighbour_damping,
         text_tokens=recipe.text_tokens,
     )
     encoder = training_encoder(

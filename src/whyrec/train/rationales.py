@@ -12,14 +12,12 @@ answers away; the rationales of a training lie beside the model that learnt from
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from whyrec.catalog.dataset import Dataset, write_table
 from whyrec.decode.think import Thinker
@@ -32,6 +30,7 @@ from whyrec.reasoning.grounded import GroundedSettings, GroundedWriter
 from whyrec.reasoning.own import write_own
 from whyrec.reasoning.pruning import read_vectors
 from whyrec.stage import fingerprint, write_json
+from whyrec.workers import in_processes
 
 WRITERS = ("grounded", "own", "endpoint")
 _MIN_TOKENS = 4  # shorter ones say nothing
@@ -152,8 +151,7 @@ def write_rationales(
         for step in steps
         if step.key in texts  # the others were beyond the endpoint's budget
     ]
-    shown = tqdm(rows, desc="filtering rationales", unit="step", file=sys.stderr)
-    reasons, report = filter_rationales(shown, checker)
+    reasons, report = filter_rationales(rows, checker)
     if not report.kept:
         why = ", ".join(report.dropped) or "no training steps"
         raise ValueError(
@@ -199,11 +197,14 @@ def _write(
         writer = GroundedWriter(
             items, vectors_ND=vectors_ND, settings=writing.grounded, seed=writing.seed
         )
-        texts: dict[Key, str | None] = {}
-        for step in tqdm(steps, desc="rationales", unit="step", file=sys.stderr):
+
+        def write(n: int) -> str | None:
+            step = steps[n]
             found = writer.write(step.history, step.target, user=step.user, position=step.position)
-            texts[step.key] = found.text if found else None
-        return texts, {}
+            return found.text if found else None
+
+        written = in_processes(write, len(steps), progress="rationales")
+        return dict(zip((step.key for step in steps), written, strict=True)), {}
     asked = {"dataset": fingerprint(run / "dataset"), "pruned": pruned}
     asked |= {"max_history": writing.max_history}
     if writing.writer == "endpoint":
