@@ -95,6 +95,8 @@ class StepTimer(TrainerCallback):
         else:
             self.profile.stop()
             for event in self.profile.key_averages():
+                if event.is_user_annotation:  # a span around kernels, which are counted themselves
+                    continue
                 micro = event.self_device_time_total or event.self_cpu_time_total
                 name = event.key.lower()
                 group = next(g for g, parts in GROUPS.items() if any(p in name for p in parts))

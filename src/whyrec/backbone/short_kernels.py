@@ -31,13 +31,13 @@ def _load_turned(heads_ptr, cos_ptr, sin_ptr, head, tokens_B, T, N: tl.constexpr
     HALF: tl.constexpr = E // 2
     low = _load(heads_ptr, head, tokens_B, T, N, 0, HALF, E)
     high = _load(heads_ptr, head, tokens_B, T, N, HALF, HALF, E)
-    if not ROTATED:
-        return low, high
-    cos = _load(cos_ptr, 0, tokens_B, T, 1, 0, HALF, E).to(tl.float32)
-    sin = _load(sin_ptr, 0, tokens_B, T, 1, 0, HALF, E).to(tl.float32)
-    turned_low = low * cos - high * sin
-    turned_high = high * cos + low * sin
-    return turned_low.to(low.dtype), turned_high.to(low.dtype)
+    if ROTATED:  # no early return: the compiler would look at what comes behind it all the same
+        cos = _load(cos_ptr, 0, tokens_B, T, 1, 0, HALF, E).to(tl.float32)
+        sin = _load(sin_ptr, 0, tokens_B, T, 1, 0, HALF, E).to(tl.float32)
+        turned_low = (low * cos - high * sin).to(low.dtype)
+        high = (high * cos + low * sin).to(low.dtype)
+        low = turned_low
+    return low, high
 
 
 @triton.jit

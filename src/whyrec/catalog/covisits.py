@@ -92,6 +92,28 @@ class CoVisits:
         decay: float = 0.0,
         damping: float = 0.5,
     ) -> list[list[int]]:
+        """`scored_neighbours` without their scores.
+
+        Example:
+            >>> visits = CoVisits.count([np.array([0, 1]), np.array([0, 1, 2])], num_items=3)
+            >>> visits.neighbours([0], k=2)
+            [[1, 2]]
+        """
+        found = self.scored_neighbours(
+            history, k=k, own=own, last=last, decay=decay, damping=damping
+        )
+        return [items.tolist() for items, _ in found]
+
+    def scored_neighbours(
+        self,
+        history: Sequence[int],
+        *,
+        k: int,
+        own: Sequence[int] | np.ndarray | None = None,
+        last: int | None = None,
+        decay: float = 0.0,
+        damping: float = 0.5,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each event of a history the items that others chose near it, best first.
 
         Args:
@@ -106,13 +128,8 @@ class CoVisits:
             damping: how far popular items are held back; 0 leaves the counts as they are.
 
         Returns:
-            One list for each of those events; shorter than k where few items were ever near, empty
-            for items that are newer than the counts.
-
-        Example:
-            >>> visits = CoVisits.count([np.array([0, 1]), np.array([0, 1, 2])], num_items=3)
-            >>> visits.neighbours([0], k=2)
-            [[1, 2]]
+            Items and scores for each of those events; fewer than k where few items were ever near,
+            none for items that are newer than the counts.
         """
         history_H = np.asarray(history, dtype=np.int64)
         own_H = history_H if own is None else np.asarray(own, dtype=np.int64)
@@ -149,6 +166,13 @@ class CoVisits:
             np.subtract.at(others_U, at_H[is_there_H], 1)
             counts_EU /= (np.maximum(others_U, 0) + 1) ** damping
         return items_U, counts_EU
+
+    def typical_best(self, *, damping: float = 0.5) -> float:
+        """The median score of an item's best neighbour: what a strong tie is in this catalogue."""
+        rows_N = np.flatnonzero(np.diff(self.starts_N1))
+        scores_P = self.counts_P / (self.events_N[self.items_P].astype(np.float64) + 1) ** damping
+        best = np.maximum.reduceat(scores_P, self.starts_N1[rows_N]) if len(rows_N) else [1.0]
+        return float(np.median(best))
 
     def save(self, path: Path, *, item_ids: Sequence[str]) -> None:
         """Write Parquet, one row an item: its id, events, and rows and counts of its neighbours."""
@@ -223,12 +247,12 @@ def _pair_weights(length: int) -> np.ndarray:
     return np.where(near_HH, weights_HH, 0.0)
 
 
-def _best(items_U: np.ndarray, scores_U: np.ndarray, k: int) -> list[int]:
+def _best(items_U: np.ndarray, scores_U: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k items of the highest scores above 0, of equal ones the lower index first."""
     floor = np.partition(scores_U, -k)[-k] if len(scores_U) > k else 0.0
     found = np.flatnonzero((scores_U >= floor) & (scores_U > 0))
-    order = np.argsort(-scores_U[found], kind="stable")[:k]
-    return items_U[found[order]].tolist()
+    best = found[np.argsort(-scores_U[found], kind="stable")[:k]]
+    return items_U[best], scores_U[best]
 
 
 def event_counts(sequences: Sequence[np.ndarray], *, num_items: int) -> np.ndarray:

@@ -57,6 +57,7 @@ class Settings:
         note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
         neighbours: neighbours in a note at most.
         neighbour_decay, neighbour_damping: how they are scored (`catalog/covisits.py`).
+        neighbour_grades: whether the note tells how strong each tie is.
         text_tokens: tokens of the event's text in a note at most.
     """
 
@@ -70,6 +71,7 @@ class Settings:
     neighbours: int = 0
     neighbour_decay: float = 0.0
     neighbour_damping: float = 0.5
+    neighbour_grades: bool = False
     text_tokens: int = 0
 
     def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
@@ -98,6 +100,7 @@ class Settings:
             CoVisits.load(visits, item_ids=ids) if self.neighbours else None,
             decay=self.neighbour_decay,
             damping=self.neighbour_damping,
+            grades=self.neighbour_grades,
             text_tokens=self.text_tokens,
             texts=texts,
         )

@@ -79,6 +79,7 @@ class PromptEncoder:
         self._plain = _without_added_tokens(tokenizer)
         self.frame = lru_cache(maxsize=None)(self._frame)
         self.control = lru_cache(maxsize=None)(self._control)
+        self._digits = [self.text(str(digit)) for digit in range(10)]
         self._note = lru_cache(maxsize=1 << 16)(self._note_text)
 
     def text(self, text: str) -> list[int]:
@@ -121,16 +122,28 @@ class PromptEncoder:
         for place, item in enumerate(items):
             parts += [(begin, False), (self._item_ids[item], True)]
             if place >= silent:
-                note = [token for other in near[place - silent] for token in self._item_ids[other]]
+                note = self._neighbours(near[place - silent])
                 parts.append((note + self._note(item), False))
         return parts
+
+    def _neighbours(self, near: Sequence[tuple[int, int]]) -> list[int]:
+        assert self.notes is not None
+        note: list[int] = []
+        last = -1
+        for item, grade in near:
+            if self.notes.grades and grade != last:
+                note += self._digits[grade]
+                last = grade
+            note += self._item_ids[item]
+        return note
 
     def history_tokens(self, num_items: int) -> int:
         """Tokens of a history of so many items at most."""
         levels = self.vocabulary.num_levels
         if self.notes is None:
             return levels * num_items
-        note = levels * self.notes.neighbours + self.notes.text_tokens
+        digits = max(map(len, self._digits)) if self.notes.grades else 0
+        note = (levels + digits) * self.notes.neighbours + self.notes.text_tokens
         return (levels + 1) * num_items + note * min(num_items, self.notes.events)
 
     def longest_prompt(self, num_items: int) -> int:

@@ -13,6 +13,7 @@ event of it is predicted after `<|sid_begin|>`, as the next item is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,7 +28,9 @@ class Notes:
         events: how many of the newest events carry notes.
         neighbours: of an event, at most.
         visits: where neighbours are looked up; None where there are to be none.
-        decay, damping: how neighbours are scored; see `CoVisits.neighbours`.
+        decay, damping: how neighbours are scored; see `CoVisits.scored_neighbours`.
+        grades: tell how strong the tie is, by a digit before each neighbour whose grade is another
+            than the last one's.
         text_tokens: of an event's text, at most.
         texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
     """
@@ -37,16 +40,21 @@ class Notes:
     visits: CoVisits | None = None
     decay: float = 0.0
     damping: float = 0.5
+    grades: bool = False
     text_tokens: int = 0
     texts: Sequence[str] = ()
 
     def near(
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
-    ) -> list[list[int]]:
-        """The neighbours of a history's noted events, oldest first; see `CoVisits.neighbours`."""
+    ) -> list[list[tuple[int, int]]]:
+        """The neighbours of a history's noted events, oldest first, and the grade of each.
+
+        A grade is a number from 0 to 9, a step for each factor of √2, and 7 for what is typical of
+        an item's best neighbour. See `CoVisits.scored_neighbours`.
+        """
         if self.visits is None or not self.neighbours:
             return [[]] * min(self.events, len(history))
-        return self.visits.neighbours(
+        found = self.visits.scored_neighbours(
             history,
             k=self.neighbours,
             own=own,
@@ -54,6 +62,18 @@ class Notes:
             decay=self.decay,
             damping=self.damping,
         )
+        return [
+            list(zip(items.tolist(), self._grades(scores).tolist(), strict=True))
+            for items, scores in found
+        ]
+
+    def _grades(self, scores: np.ndarray) -> np.ndarray:
+        return np.clip(np.floor(2 * np.log2(scores / self._typical)) + 7, 0, 9).astype(int)
+
+    @cached_property
+    def _typical(self) -> float:
+        assert self.visits is not None
+        return self.visits.typical_best(damping=self.damping)
 
     def text(self, item: int) -> str:
         """What is said of an item."""

@@ -125,6 +125,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbours=recipe.neighbours,
         neighbour_decay=recipe.neighbour_decay,
         neighbour_damping=recipe.neighbour_damping,
+        neighbour_grades=recipe.neighbour_grades,
         text_tokens=recipe.text_tokens,
     )
     encoder = training_encoder(

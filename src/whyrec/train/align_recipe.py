@@ -20,6 +20,7 @@ class AlignRecipe:
         neighbour_decay: what an event's neighbours still weigh one event later; 0 looks at each
             event by itself.
         neighbour_damping: how far popular neighbours are held back.
+        neighbour_grades: whether a digit tells how strong the tie to a neighbour is.
         text_tokens: tokens of such an event's text, in its note, at most.
         warmup_epochs: epochs of the token warm-up.
         warmup_lr: its learning rate.
@@ -60,6 +61,7 @@ class AlignRecipe:
     neighbours: int = 0
     neighbour_decay: float = 0.0
     neighbour_damping: float = 0.5
+    neighbour_grades: bool = False
     text_tokens: int = 0
     warmup_epochs: int = 1
     warmup_lr: float = 5e-3
