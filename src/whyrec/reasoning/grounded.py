@@ -17,7 +17,7 @@ told.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,14 @@ from whyrec.reasoning.pruning import prune
 from whyrec.reasoning.titles import title_words, words_of
 from whyrec.reasoning.wording import Clause, Wording, packaged_wording
 
-SPECIFICITIES = ("broad", "category", "supported", "full")
+SPECIFICITIES = ("broad", "category", "supported", "full", "expected")
+Near = Callable[[Sequence[int], Sequence[int]], list[list[tuple[int, int]]]]
 # A brand that makes so many of a category's items is to be expected there.
 _TYPICAL_BRAND = 0.15
+# What is expected: how an event's votes weigh against the next newer one's, and the share of them
+# that a further category, and a brand or an era, must have.
+_MOST_EXPECTED = 4  # categories
+_VOTE_DECAY, _CATEGORY_SHARE, _TAIL_SHARE = 0.8, 0.3, 0.3
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ class GroundedSettings:
             "category": all its categories;
             "supported": and its series, brand and era where the history has them, or its brand
             where that is common in its narrowest category;
-            "full": and its brand and era in any case.
+            "full": and its brand and era in any case;
+            "expected": nothing of the target, but what the history leads to expect, by a vote of
+            the items that its notes name, or of its own where it has no notes: a conclusion that
+            the model can draw itself, where the others ask it to guess.
         max_evidence: facts in the first clause at most.
         pruned: k, the history items that evidence is taken from.
         paraphrases: ways to say a clause, of those in `prompts/rationale.yaml`; 1 is the plainest
@@ -95,6 +103,8 @@ class GroundedWriter:
         settings: how to write.
         seed: of the paraphrases and of `announce`.
         wording: the words; the packaged ones when None.
+        near: the neighbours in a history's notes, given the user's own sequence, and their grades;
+            see `Notes.near`. None where prompts hold none.
     """
 
     def __init__(
@@ -105,7 +115,9 @@ class GroundedWriter:
         settings: GroundedSettings,
         seed: int,
         wording: Wording | None = None,
+        near: Near | None = None,
     ) -> None:
+        self.near = near
         assert len(items) == len(vectors_ND)
         self.items, self.vectors_ND = items, vectors_ND
         self.settings, self.seed = settings, seed
@@ -114,7 +126,13 @@ class GroundedWriter:
         self._makers = self._brands_by_category()
 
     def write(
-        self, history: Sequence[int], target: int, *, user: int, position: int
+        self,
+        history: Sequence[int],
+        target: int,
+        *,
+        user: int,
+        position: int,
+        own: Sequence[int] = (),
     ) -> Rationale | None:
         """The rationale of one training step; None where the catalogue says nothing of the target.
 
@@ -122,15 +140,25 @@ class GroundedWriter:
             history: item indices as the prompt shows them, oldest first.
             target: the item that followed.
             user, position: of the event; what is drawn depends on these and the seed alone.
+            own: the user's training sequence.
         """
         rng = np.random.default_rng((self.seed, user, position))
         specificity = self.settings.announce[int(rng.integers(len(self.settings.announce)))]
-        announced = self.announce(history, target, specificity=specificity)
+        guess = specificity == "expected"
+        announced = (
+            self.expect(history, own)
+            if guess
+            else self.announce(history, target, specificity=specificity)
+        )
         if not announced:
             return None
-        book, hidden = self.book, self._telltale(target)
-        pruned = prune(history, target, vectors_ND=self.vectors_ND, k=self.settings.pruned)
-        shared = [found.fact for found in shared_facts(book, pruned, target)]
+        book, hidden = self.book, None if guess else self._telltale(target)
+        if guess:
+            pruned = list(history[-self.settings.pruned :])
+            shared = [found.fact for found in leading_facts(book, pruned)]
+        else:
+            pruned = prune(history, target, vectors_ND=self.vectors_ND, k=self.settings.pruned)
+            shared = [found.fact for found in shared_facts(book, pruned, target)]
         evidence = [fact for fact in shared if fact != hidden][: self.settings.max_evidence]
         jump = not evidence
         if jump:
@@ -173,6 +201,43 @@ class GroundedWriter:
             if expected and fact != self._telltale(target) and book.says_something(fact):
                 categories.append(fact)
         return categories
+
+    def expect(self, history: Sequence[int], own: Sequence[int]) -> list[Fact]:
+        """What most of a history's neighbours are: categories as far as they agree, brand, era."""
+        book, votes = self.book, Counter[int]()
+        noted = self.near(history, own) if self.near is not None else []
+        for age, near in enumerate(reversed(noted)):
+            for item, grade in near:
+                votes[item] += _VOTE_DECAY**age * (1 + grade)  # type: ignore[assignment]
+        if not votes:
+            for age, item in enumerate(reversed(history)):
+                votes[item] += _VOTE_DECAY**age  # type: ignore[assignment]
+        weight, total = Counter[Fact](), sum(votes.values())
+        for item, vote in votes.items():
+            for fact in book.of(item):
+                if book.says_something(fact):
+                    weight[fact] += vote
+        path: list[Fact] = []
+        while len(path) < _MOST_EXPECTED:
+            further = Counter[Fact]()
+            for item, vote in votes.items():
+                row = [fact for fact in book.categories(item) if book.says_something(fact)]
+                if not book.is_path:
+                    further.update({f: vote for f in row if f not in path})  # type: ignore[dict-item]
+                elif row[: len(path)] == path:
+                    further.update({f: vote for f in row[len(path) : len(path) + 1]})  # type: ignore[dict-item]
+            if not further:
+                break
+            fact, found = further.most_common(1)[0]
+            if path and found < _CATEGORY_SHARE * total:
+                break
+            path.append(fact)
+        tails: list[Fact] = []
+        for kind in ("series", "brand", "era"):
+            best = max((f for f in weight if f.kind == kind), key=lambda f: weight[f], default=None)
+            if best is not None and weight[best] >= _TAIL_SHARE * total:
+                tails.append(best)
+        return path + tails
 
     def _way(self, clause: Clause, rng: np.random.Generator) -> int:
         ways = min(self.settings.paraphrases, self.wording.paraphrases(clause))

@@ -17,7 +17,7 @@ class ActivateRecipe:
         writer: of the rationales: grounded (facts of the catalogue, no model), own (the aligned
             model) or endpoint (any OpenAI-compatible one).
         announce: what a grounded rationale tells of the target: broad, category, supported, full;
-            one of the list is drawn for each.
+            or expected, which is a guess from the history; one of the list is drawn for each.
         max_evidence: facts that a grounded rationale begins with, at most.
         paraphrases: ways that a grounded clause may be said in.
         pruned: history items that a rationale is written from.

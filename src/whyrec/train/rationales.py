@@ -137,7 +137,7 @@ def write_rationales(
     steps = training_steps(
         dataset, steps_per_user=writing.steps_per_user, max_history=writing.max_history
     )
-    texts, counts = _write(run, writing, dataset, steps, own_thinker)
+    texts, counts = _write(run, writing, dataset, steps, encoder, own_thinker)
     checker = RationaleFilter(
         dataset.items,
         book=FactBook(dataset.items),
@@ -145,6 +145,7 @@ def write_rationales(
         min_tokens=_MIN_TOKENS,
         max_tokens=writing.max_tokens,
         free_text=writing.writer != "grounded",
+        guesses="expected" in writing.grounded.announce,
     )
     rows = [
         Row(step.user, step.position, step.history, step.target, texts[step.key])
@@ -188,6 +189,7 @@ def _write(
     writing: Writing,
     dataset: Dataset,
     steps: list[Step],
+    encoder: PromptEncoder,
     own_thinker: Callable[[], Thinker],
 ) -> tuple[dict[Key, str | None], dict[str, int]]:
     """What the writer wrote by step, None where it had nothing to say; and its own counts."""
@@ -195,12 +197,22 @@ def _write(
     pruned = writing.grounded.pruned
     if writing.writer == "grounded":
         writer = GroundedWriter(
-            items, vectors_ND=vectors_ND, settings=writing.grounded, seed=writing.seed
+            items,
+            vectors_ND=vectors_ND,
+            settings=writing.grounded,
+            seed=writing.seed,
+            near=encoder.notes.near if encoder.notes else None,
         )
 
         def write(n: int) -> str | None:
             step = steps[n]
-            found = writer.write(step.history, step.target, user=step.user, position=step.position)
+            found = writer.write(
+                step.history,
+                step.target,
+                user=step.user,
+                position=step.position,
+                own=step.own,
+            )
             return found.text if found else None
 
         written = in_processes(write, len(steps), progress="rationales")
