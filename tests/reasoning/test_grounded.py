@@ -1,6 +1,7 @@
 """The grounded writer: true, read back exactly, regular, and silent about the target."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from reasoning_catalogues import FILMS, SHOP, item, vectors_of
 
 from whyrec.catalog.dataset import Item
+from whyrec.reasoning.facts import FactBook
 from whyrec.reasoning.filters import RationaleFilter
 from whyrec.reasoning.grounded import SPECIFICITIES, GroundedSettings, GroundedWriter, Rationale
 from whyrec.reasoning.trace import check_trace, read_trace
@@ -82,6 +84,49 @@ def test_drawn_from_seed_user_and_position_alone() -> None:
     assert len(set(texts)) > 15
 
 
+def test_what_is_expected_is_the_same_whatever_comes() -> None:
+    one = writer(SHOP, announce=("expected",))
+    texts = {write(one, [0, 1, 0], target).text for target in range(7)}
+    assert texts == {
+        "The history shares OPI Nail Lacquer; Nail Polish; OPI. "
+        "Next: Makeup > Nails > Nail Polish in the OPI Nail Lacquer line by OPI."
+    }
+
+
+def test_the_notes_of_a_history_vote_on_what_is_expected() -> None:
+    asked = []
+
+    def near(history: Sequence[int], own: Sequence[int]) -> list[list[tuple[int, int]]]:
+        asked.append((history, own))
+        return [[(0, 9)], [(6, 3), (5, 0)]]
+
+    one = GroundedWriter(
+        SHOP,
+        vectors_ND=vectors_of(SHOP),
+        settings=GroundedSettings(("expected",)),
+        seed=0,
+        near=near,
+    )
+    rationale = one.write([3, 4], 2, user=0, position=2, own=[3, 4, 2])
+    assert rationale is not None
+    assert asked == [([3, 4], [3, 4, 2])]
+    # Item 0 has 8 votes of the older event's note, items 6 and 5 have 4 and 1.
+    told = [fact for fact in one.book.categories(0) if one.book.says_something(fact)]
+    assert list(rationale.announced[: len(told)]) == told
+
+
+def test_what_the_rest_of_the_filter_refuses_is_refused_of_guesses() -> None:
+    checker = RationaleFilter(SHOP, book=FactBook(SHOP), count_tokens=len, max_tokens=999)
+    guessing = RationaleFilter(
+        SHOP, book=FactBook(SHOP), count_tokens=len, max_tokens=999, guesses=True
+    )
+    wrong = "The history shares Nail Polish. Next: Hair Care."
+    assert checker.reason(wrong, [0, 1], 2) == "says of the target what is not so"
+    assert guessing.reason(wrong, [0, 1], 2) is None
+    invented = "The history shares Nail Polish. Next: Boats."
+    assert guessing.reason(invented, [0, 1], 2) == "says of the target what is not so"
+
+
 @pytest.mark.parametrize(
     "options", [{"announce": ("brand",)}, {"announce": ()}, {"max_evidence": 0}, {"pruned": 0}]
 )
@@ -94,14 +139,20 @@ def test_settings_that_cannot_be(options: dict) -> None:
 @pytest.mark.parametrize("announce", SPECIFICITIES)
 def test_every_rationale_is_true_and_read_back_exactly(items: list[Item], announce: str) -> None:
     one = writer(items, announce=(announce,), paraphrases=9)
-    checker = RationaleFilter(items, book=one.book, count_tokens=len, max_tokens=999)
+    checker = RationaleFilter(
+        items,
+        book=one.book,
+        count_tokens=len,
+        max_tokens=999,
+        guesses=announce == "expected",
+    )
     places = range(len(items))
     histories = [list(pair) for pair in itertools.product(places, places)]
     for number, (history, target) in enumerate(itertools.product(histories, places)):
         history = [*history, *history[:1], (number * 7) % len(items)]
         rationale = one.write(history, target, user=number, position=4)
         if rationale is None:
-            assert not one.book.of(target) or announce == "broad"
+            assert not one.book.of(target) or announce in ("broad", "expected")
             continue
         trace = read_trace(rationale.text, one.book)
         said = [claim.facts[0] for claim in trace.claims]

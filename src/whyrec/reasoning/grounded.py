@@ -212,32 +212,30 @@ class GroundedWriter:
         if not votes:
             for age, item in enumerate(reversed(history)):
                 votes[item] += _VOTE_DECAY**age  # type: ignore[assignment]
-        weight, total = Counter[Fact](), sum(votes.values())
-        for item, vote in votes.items():
-            for fact in book.of(item):
-                if book.says_something(fact):
-                    weight[fact] += vote
-        path: list[Fact] = []
-        while len(path) < _MOST_EXPECTED:
-            further = Counter[Fact]()
+        total, expected = sum(votes.values()), list[Fact]()
+
+        def narrow(kinds: Sequence[str], least: float) -> bool:
+            """Add what most of those agree on that bear all that is expected so far."""
+            weight = Counter[Fact]()
             for item, vote in votes.items():
-                row = [fact for fact in book.categories(item) if book.says_something(fact)]
-                if not book.is_path:
-                    further.update({f: vote for f in row if f not in path})  # type: ignore[dict-item]
-                elif row[: len(path)] == path:
-                    further.update({f: vote for f in row[len(path) : len(path) + 1]})  # type: ignore[dict-item]
-            if not further:
-                break
-            fact, found = further.most_common(1)[0]
-            if path and found < _CATEGORY_SHARE * total:
-                break
-            path.append(fact)
-        tails: list[Fact] = []
+                row = [f for f in book.of(item) if book.says_something(f) and f.kind in kinds]
+                if book.is_path and kinds[0] == "category":
+                    row = row[len(expected) : len(expected) + 1]
+                weight.update({f: vote for f in row if f not in expected})  # type: ignore[dict-item]
+            if not weight or weight.most_common(1)[0][1] < least * total:
+                return False
+            expected.append(weight.most_common(1)[0][0])
+            for item in [item for item in votes if expected[-1] not in book.of(item)]:
+                del votes[item]
+            return True
+
+        narrow(["category"], 0.0)
+        while len(expected) < _MOST_EXPECTED and narrow(["category"], _CATEGORY_SHARE):
+            pass
+        expected.sort(key=book.narrowness)
         for kind in ("series", "brand", "era"):
-            best = max((f for f in weight if f.kind == kind), key=lambda f: weight[f], default=None)
-            if best is not None and weight[best] >= _TAIL_SHARE * total:
-                tails.append(best)
-        return path + tails
+            narrow([kind], _TAIL_SHARE)
+        return expected
 
     def _way(self, clause: Clause, rng: np.random.Generator) -> int:
         ways = min(self.settings.paraphrases, self.wording.paraphrases(clause))
