@@ -208,7 +208,7 @@ def test_without_ray_one_is_told_what_to_install(
     folder, prepared_run, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"ray\[data\]"):
+    with pytest.raises(ValueError, match=r"install 'whyrec\[ray\]'` on every"):
         think_ahead(
             folder, prepared_run, store=str(tmp_path / "a"), users=["u01"], device="cpu",
             ray="local",
