@@ -4,7 +4,7 @@
 
 The backbone gets four levels of 256 new tokens with random weights and a random catalogue of 10
 million items. Each runner is a process with an engine of its own; both start at once, and are then
-measured one after the other.
+measured one after the other. On an H100 all of it is meant to take a minute.
 
 `constraint/v1/sids` (`v2`) is how many SIDs were sampled, in a batch with twice as many requests
 as the engine runs at once, hot and cold, some of them with penalties, some in the middle of a SID
@@ -213,7 +213,7 @@ class Bench:
     def steps(self) -> None:
         from vllm import SamplingParams
 
-        opens = {"logit_bias": {self.vocabulary.begin: 100.0}}
+        opens = {"logit_bias": {self.vocabulary.begin: 50.0}}
         for name, more in (("inside", opens), ("outside", {})):
             prompts = [self.words(32) for _ in range(self.options.rows)]
 
@@ -247,7 +247,13 @@ def say(text: str) -> None:
 
 
 def measure(runner: str, options: argparse.Namespace) -> None:
-    """In a process of its own: start, wait for a line, measure; what is told begins with a mark."""
+    """In a process of its own: start, measure; what is told begins with a mark.
+
+    It waits for a line before each of the two: until the folder is made, until the others are done.
+    """
+    import vllm  # noqa: F401 - which takes its time
+
+    sys.stdin.readline()
     bench = Bench(runner, options.folder, options)
     print(f"{MARK}{{}}", flush=True)
     sys.stdin.readline()
@@ -286,6 +292,13 @@ def started(runner: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.wait()
 
 
+def let(process: subprocess.Popen[str]) -> None:
+    """Let a process go on, if it has not ended."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        print("go on", file=process.stdin, flush=True)
+
+
 def told(process: subprocess.Popen[str]) -> dict[str, float] | None:
     """The next figures that a process tells; None at its end."""
     assert process.stdout is not None
@@ -302,7 +315,7 @@ def main() -> None:
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=RUNNERS)
     parser.add_argument("--items", type=int, default=10_000_000)
     parser.add_argument("--rows", type=int, default=64, help="requests that run at once")
-    parser.add_argument("--repeats", type=int, default=7, help="texts a figure")
+    parser.add_argument("--repeats", type=int, default=5, help="texts a figure")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs either")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", choices=RUNNERS, help=argparse.SUPPRESS)
@@ -315,16 +328,17 @@ def main() -> None:
     failed = []
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
         folder = Path(made) / "model"
+        processes = [stack.enter_context(started(r, folder)) for r in options.runners]
         make_folder(folder, options.backbone, seed=options.seed)
         random_trie(options.items, seed=options.seed).save(folder / "trie.safetensors")
         say(f"a model folder with {options.items} items is made")
-        processes = [stack.enter_context(started(r, folder)) for r in options.runners]
+        for process in processes:
+            let(process)
         ready = [told(process) is not None for process in processes]
         for runner, process, is_ready in zip(options.runners, processes, ready, strict=True):
             say(f"{runner} {'is measured' if is_ready else 'did not start'}")
             if is_ready:
-                assert process.stdin is not None
-                print("go", file=process.stdin, flush=True)
+                let(process)
                 while (found := told(process)) is not None:
                     figures |= {key: round(value, 6) for key, value in found.items()}
                     if options.json:
