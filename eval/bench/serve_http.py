@@ -390,6 +390,7 @@ def main() -> None:
         if thinks:
             ours += ["--ahead", str(scratch / "ahead.sqlite")]
             bench.prepare(scratch / "ahead.sqlite")
+            bench.save()
         left = min(max(bench.end - time.monotonic(), 1.0), START_SECONDS)
         with serving(folder, log, *more, *ours, seconds=left) as server:
             bench.url = server.url
