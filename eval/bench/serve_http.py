@@ -5,9 +5,21 @@ On a CPU, the released MovieLens-100K checkpoint:
     python eval/bench/serve_http.py --model runs/ml-100k/model/aligned --run runs/ml-100k \\
         --clients 1 16 --requests 8 32 --json eval/results/serve/http-cpu.json
 
-On a GPU the same with `--clients 1 16 64 --requests 200 800 1600 --width 50` and another file; a
-model that thinks is asked with `think` off and on. Without `--model` the tiny model of `soak.py`,
-which thinks, is made and served.
+On a GPU, without a trained model and within 100 seconds:
+
+    python eval/bench/serve_http.py --backbone FOLDER --clients 1 16 64 --requests 60 320 640 \\
+        --width 50 --users 128 --theirs 3 16 --prompts --seconds 95 \\
+        --vllm "--gpu-memory-utilization 0.6 -cc.mode=0 -cc.cudagraph_mode=FULL_DECODE_ONLY" \\
+        --json eval/results/serve/http-h100.json
+
+With these options of vLLM its decoding is CUDA graphs, and nothing is compiled, which alone would
+take a minute. `--backbone` gives an LLM's folder four levels of 256 new tokens with random weights
+and a made-up catalogue; it "thinks" 32 tokens of whatever comes. Without `--model` and `--backbone`
+the tiny model of `soak.py`, which thinks too, is made and served. A model that thinks is asked with
+`think` off, on and ahead.
+
+Figures are written after each part. With `--seconds` no request is begun later than that after the
+start, and parts that have no time left are told and missing.
 
 So many clients ask one after the other, without a pause, for the `k` best items after histories of
 the run's users: `serve_http/CLIENTS/off/p50_ms` (`p95_ms`, `p99_ms`) and
@@ -37,19 +49,30 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from soak import Server, serving, tiny_model
+from soak import START_SECONDS, Server, made_up_run, serving, tiny_model
 from tqdm import tqdm
 
 from whyrec import Recommender
+from whyrec.backbone.extend import extend_vocabulary
+from whyrec.backbone.load import load_backbone
 from whyrec.catalog.dataset import Dataset
-from whyrec.decode.model_folder import SETTINGS_FILE, name_weights, read_settings
+from whyrec.decode.model_folder import (
+    SETTINGS_FILE,
+    Settings,
+    name_weights,
+    read_settings,
+    save_model_folder,
+)
+from whyrec.decode.think import ThoughtSettings
 from whyrec.evaluation.results import record
 from whyrec.serve.client import Client
 from whyrec.serve.think_ahead import think_ahead
+from whyrec.sid.index import IndexRecipe
 
 Ask = Callable[[Client, int], object]
 
@@ -63,6 +86,28 @@ main(parser.parse_args())
 """
 
 
+def large_model(folder: Path, backbone: str, *, seed: int) -> Path:
+    """A model folder of an LLM's weights, with random ones for the SIDs of a made-up catalogue."""
+    run, level_sizes = folder / "run", [256] * 4
+    recipe = IndexRecipe(
+        level_sizes=level_sizes, collaborative_dim=0, iterations=3, embedder=f"backbone:{backbone}"
+    )
+    made_up_run(run, recipe, items=4_000, events=24, seed=seed)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model, tokenizer = load_backbone(backbone, dtype=dtype)
+    extend_vocabulary(model, tokenizer, level_sizes=level_sizes, seed=seed)
+    thoughts = ThoughtSettings(samples=1, max_tokens=32, temperature=1.0)
+    save_model_folder(
+        folder / "model",
+        model=model,
+        tokenizer=tokenizer,
+        settings=Settings("activated", backbone, level_sizes, 24, thoughts),
+        dataset_folder=run / "dataset",
+        sids_folder=run / "sids",
+    )
+    return folder / "model"
+
+
 def spread(seconds: list[float], elapsed: float) -> dict[str, float]:
     """Percentiles in milliseconds, and how many a second."""
     found = dict(zip((50, 95, 99), np.percentile(seconds, [50, 95, 99]), strict=True))
@@ -70,8 +115,10 @@ def spread(seconds: list[float], elapsed: float) -> dict[str, float]:
     return times | {"per_s": len(seconds) / elapsed}
 
 
-def measured(url: str, ask: Ask, *, clients: int, requests: int, label: str) -> dict[str, float]:
-    """So many clients share so many requests."""
+def measured(
+    url: str, ask: Ask, *, clients: int, requests: int, end: float, label: str
+) -> dict[str, float]:
+    """So many clients share so many requests; none is begun after `end`."""
     seconds: list[float] = []
     errors: list[BaseException] = []
     numbers, lock = iter(range(requests)), threading.Lock()
@@ -82,7 +129,7 @@ def measured(url: str, ask: Ask, *, clients: int, requests: int, label: str) -> 
         while not errors:
             with lock:
                 number = next(numbers, None)
-            if number is None:
+            if number is None or time.monotonic() > end:
                 return
             start = time.perf_counter()
             try:
@@ -104,7 +151,13 @@ def measured(url: str, ask: Ask, *, clients: int, requests: int, label: str) -> 
     bar.close()
     if errors:
         raise errors[0]
+    if not seconds:
+        raise OutOfTime(label)
     return spread(seconds, elapsed)
+
+
+class OutOfTime(Exception):
+    """A part was not begun."""
 
 
 class Bench:
@@ -113,10 +166,11 @@ class Bench:
     def __init__(self, folder: Path, run: Path, options: argparse.Namespace) -> None:
         self.folder, self.run, self.options = folder, run, options
         self.url = ""
+        self.end = time.monotonic() + (options.seconds or 1e9)
         dataset = Dataset.load(run / "dataset")
         generator = np.random.default_rng(options.seed)
         users = generator.permutation(len(dataset.user_ids))
-        asking = users[: max(options.requests)]
+        asking = users[: options.users or max(options.requests)]
         self.users = [dataset.user_ids[user] for user in asking]
         self.histories = [
             [dataset.items[i].item_id for i in dataset.sequences[user][:-1]] for user in asking
@@ -169,30 +223,46 @@ class Bench:
         made = think_ahead(self.folder, self.run, store=str(store), users=self.users)
         self.figures["serve_http/prepare/users_per_s"] = made / (time.perf_counter() - start)
 
-    def recommendations(self) -> None:
-        thinks = read_settings(self.folder).thoughts is not None
+    def recommendations(self, think: str) -> None:
         for clients, requests in self.pairs():
-            for think in ("off", "on", "ahead") if thinks else ("off",):
-                done: list[str] = []
-                ask, key = self.ours(think=think, done=done), f"serve_http/{clients}/{think}"
-                how = {"clients": clients, "requests": requests}
-                measured(self.url, ask, label="once before", **how)
-                found = measured(self.url, ask, label=f"think {think}", **how)
-                self.figures |= {f"{key}/{figure}": value for figure, value in found.items()}
-                if think == "ahead":
-                    self.figures[f"{key}/used"] = done.count("ahead") / len(done)
+            done: list[str] = []
+            ask, key = self.ours(think=think, done=done), f"serve_http/{clients}/{think}"
+            before = min(requests, len(self.users))
+            self.measured(ask, clients=clients, requests=before, label="once before")
+            done.clear()
+            found = self.measured(ask, clients=clients, requests=requests, label=f"think {think}")
+            self.figures |= {f"{key}/{figure}": value for figure, value in found.items()}
+            if think == "ahead":
+                self.figures[f"{key}/used"] = done.count("ahead") / len(done)
+            self.save()
+
+    def measured(self, ask: Ask, *, clients: int, requests: int, label: str) -> dict[str, float]:
+        how = {"clients": clients, "requests": requests}
+        return measured(self.url, ask, end=self.end, label=label, **how)
 
     def vllm_beam(self) -> None:
         recommender = Recommender.from_pretrained(self.folder, device="cpu")
+        self.theirs(recommender)(Client(self.url, timeout=600), 0)  # warms up
         for (clients, _), requests in zip(self.pairs(), self.options.theirs, strict=False):
             if not requests:
                 continue
             ask = self.theirs(recommender)
-            found = measured(
-                self.url, ask, clients=clients, requests=requests, label="vLLM's beam search"
+            found = self.measured(
+                ask, clients=clients, requests=requests, label="vLLM's beam search"
             )
             key = f"serve_http/{clients}/vllm_beam"
             self.figures |= {f"{key}/{figure}": value for figure, value in found.items()}
+            self.save()
+
+    def attempt(self, part: Callable[[], None], name: str) -> None:
+        """One part, if there is time; the figures that there are by then are written."""
+        try:
+            if time.monotonic() > self.end:
+                raise OutOfTime(name)
+            part()
+        except OutOfTime as late:
+            print(f"no time left: {late}", file=sys.stderr, flush=True)
+        self.save()
 
     def generate(self) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -283,9 +353,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--model", type=Path, help="model folder; a tiny one is made if missing")
+    parser.add_argument("--backbone", default="", help="folder of an LLM to make one from instead")
     parser.add_argument("--run", type=Path, help="its run folder, whose users ask")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--requests", type=int, nargs="+", default=[50, 200, 400])
+    parser.add_argument("--users", type=int, default=0,
+                        help="users who ask, over and over; 0 for one a request")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=0.0, help="stop after this; 0 for never")
     parser.add_argument("--theirs", type=int, nargs="*", default=[3, 16, 0],
                         help="requests of vLLM's beam search, by number of clients")  # fmt: skip
     parser.add_argument("--generate", type=int, default=2, help="users of transformers' generate")
@@ -296,36 +370,40 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="keep the servers' messages here")
     parser.add_argument("--vllm", default="", help="more options of both servers, in one text")
-    options = parser.parse_args()
+    options, began = parser.parse_args(), time.monotonic()
     # vLLM's beam search asks for that many of each step.
     more = ["--max-logprobs", str(2 * options.width), *shlex.split(options.vllm)]
     with tempfile.TemporaryDirectory() as made:
         scratch = Path(made)
         log = options.log or scratch / "log.txt"
-        folder = options.model or tiny_model(scratch, seed=options.seed)
+        if options.backbone:
+            folder = large_model(scratch, options.backbone, seed=options.seed)
+        else:
+            folder = options.model or tiny_model(scratch, seed=options.seed)
         run = options.run or scratch / "run"
         name_weights(folder)
         if not options.model:
-            more = ["--max-model-len", "256", *more]
+            more = ["--max-model-len", "512" if options.backbone else "256", *more]
         bench = Bench(folder, run, options)
-        ours = ["--run", str(run)]
-        if read_settings(folder).thoughts is not None:
+        bench.end -= time.monotonic() - began
+        ours, thinks = ["--run", str(run)], read_settings(folder).thoughts is not None
+        if thinks:
             ours += ["--ahead", str(scratch / "ahead.sqlite")]
             bench.prepare(scratch / "ahead.sqlite")
-        with serving(folder, log, *more, *ours) as server:
+            bench.save()
+        left = min(max(bench.end - time.monotonic(), 1.0), START_SECONDS)
+        with serving(folder, log, *more, *ours, seconds=left) as server:
             bench.url = server.url
-            bench.recommendations()
-            bench.save()
-            bench.vllm_beam()
-            bench.save()
-            bench.completions(server.url, "with")
-            bench.save()
-        with plain_vllm(folder, log, scratch, more) as server:
-            bench.completions(server.url, "without")
-            bench.save()
+            for think in ("off", "on", "ahead") if thinks else ("off",):
+                bench.attempt(partial(bench.recommendations, think), f"think {think}")
+                if think == "off":
+                    bench.attempt(bench.vllm_beam, "vLLM's beam search")
+            bench.attempt(partial(bench.completions, server.url, "with"), "completions")
+        if any(options.prompts):
+            with plain_vllm(folder, log, scratch, more) as server:
+                bench.attempt(partial(bench.completions, server.url, "without"), "completions")
         if options.generate:
-            bench.generate()
-            bench.save()
+            bench.attempt(bench.generate, "transformers")
     for key, value in bench.rounded().items():
         print(f"{key:44s} {value:.6g}")
 

@@ -38,11 +38,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from plugin_folder import plugins_on_path
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from whyrec.backbone.extend import extend_vocabulary
-from whyrec.backbone.load import packaged_backbone
+from whyrec.backbone.load import load_backbone, packaged_backbone
 from whyrec.catalog.prepare import PrepareRecipe, prepare
 from whyrec.decode.model_folder import Settings, save_model_folder
 from whyrec.decode.think import ThoughtSettings
@@ -55,23 +56,29 @@ ITEMS, USERS, LEVEL_SIZES = 500, 256, [16, 16, 16]
 START_SECONDS, SAMPLE_SECONDS = 600, 1.0
 
 
-def tiny_model(folder: Path, *, seed: int, level_sizes: list[int] = LEVEL_SIZES) -> Path:
-    """A model folder of random weights over a made-up catalogue."""
+def made_up_run(run: Path, recipe: IndexRecipe, *, items: int, events: int, seed: int) -> None:
+    """A run folder of a made-up catalogue, whose users each had so many events."""
     generator = np.random.default_rng(seed)
-    raw = folder / "raw"
+    raw = run.with_name("raw")
     raw.mkdir()
     rows = [
-        f'{{"item_id": "i{n}", "title": "Thing {n}", "brand": "B{n % 7}"}}' for n in range(ITEMS)
+        f'{{"item_id": "i{n}", "title": "Thing {n}", "brand": "B{n % 7}"}}' for n in range(items)
     ]
     (raw / "items.jsonl").write_text("\n".join(rows) + "\n")
-    walks = [generator.choice(ITEMS, 12, replace=False) for _ in range(USERS)]
+    walks = [generator.choice(items, events, replace=False) for _ in range(USERS)]
     for user, walk in enumerate(walks):  # nobody's items would be left out of the catalogue
-        walk[:2] = [2 * user % ITEMS, (2 * user + 1) % ITEMS]
+        walk[:2] = [2 * user % items, (2 * user + 1) % items]
     lines = [f"u{u} " + " ".join(f"i{n}" for n in walk) for u, walk in enumerate(walks)]
     (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
-    run = folder / "run"
     prepare(run, PrepareRecipe(source=str(raw), format="sequences", k_core=1))
-    index(run, IndexRecipe(level_sizes=level_sizes, collaborative_dim=0, iterations=5))
+    index(run, recipe, load_backbone=load_backbone)
+
+
+def tiny_model(folder: Path, *, seed: int, level_sizes: list[int] = LEVEL_SIZES) -> Path:
+    """A model folder of random weights over a made-up catalogue."""
+    run = folder / "run"
+    recipe = IndexRecipe(level_sizes=level_sizes, collaborative_dim=0, iterations=5)
+    made_up_run(run, recipe, items=ITEMS, events=12, seed=seed)
     tokenizer = AutoTokenizer.from_pretrained(packaged_backbone())
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -141,7 +148,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, log: Path, *more: str, plain: bool = False) -> Iterator[Server]:
+def serving(
+    folder: Path, log: Path, *more: str, plain: bool = False, seconds: float = START_SECONDS
+) -> Iterator[Server]:
     """Start a server, wait until it is well, and end it.
 
     Args:
@@ -149,6 +158,7 @@ def serving(folder: Path, log: Path, *more: str, plain: bool = False) -> Iterato
         log: its messages are put behind what is there.
         more: further options.
         plain: vLLM alone.
+        seconds: how long its start may take.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -166,11 +176,13 @@ def serving(folder: Path, log: Path, *more: str, plain: bool = False) -> Iterato
     command += ["--port", port, "--max-num-seqs", "64", *more]
     if not torch.cuda.is_available():
         command.append("--enforce-eager")
+    stack = contextlib.ExitStack()
+    environment |= stack.enter_context(plugins_on_path())
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     server = Server(process, f"http://127.0.0.1:{port}")
     try:
-        client, end = Client(server.url, timeout=5), time.monotonic() + START_SECONDS
+        client, end = Client(server.url, timeout=5), time.monotonic() + seconds
         while not client.healthy():
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-3_000:]}")
@@ -184,6 +196,7 @@ def serving(folder: Path, log: Path, *more: str, plain: bool = False) -> Iterato
             except subprocess.TimeoutExpired:
                 process.terminate()  # the second time it does not wait
                 process.wait(60)
+        stack.close()
 
 
 @dataclass

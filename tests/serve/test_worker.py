@@ -1,5 +1,6 @@
 """Beams on vLLM's own model against `whyrec.decode` on the Hugging Face one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,17 @@ def test_the_tree_is_that_of_the_reference(worker: Any, recommender: Recommender
             same_branches(one["children"], branch.children)
 
     same_branches(worker.beam_tree(0, prompt, 6, [rule.excluded, None, None]), expected)
+
+
+def test_replicas_that_share_experts_are_refused(llm) -> None:
+    """Of these vLLM keeps the number; replicas of other models are told that they are alone."""
+    from whyrec.serve.tree_model import check_supported
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    config = copy.copy(worker.vllm_config)
+    layers = config.compilation_config.static_forward_context
+    check_supported(config, worker.get_model(), layers)
+    config.parallel_config = copy.copy(config.parallel_config)
+    config.parallel_config.data_parallel_size = 2
+    with pytest.raises(ValueError, match="leave --data-parallel-size out"):
+        check_supported(config, worker.get_model(), layers)

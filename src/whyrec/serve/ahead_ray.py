@@ -69,7 +69,7 @@ def prepare_on_ray(
         import ray.data
     except ImportError:
         raise ValueError(
-            "--ray needs the package ray; run `pip install 'ray[data]'` on every machine"
+            "--ray needs the package ray; run `pip install 'whyrec[ray]'` on every machine"
         ) from None
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)

@@ -1,8 +1,8 @@
 """The constraint for vLLM's V2 model runner, whose tokens are on the device: it is never asked.
 
 Where each row's SID begins, its node and its children are found for all rows at once, by gathers of
-fixed shapes. Written after the interface's documentation (vLLM 0.32) and tested with its data
-structures, but not yet in a V2 runner, which needs a GPU.
+fixed shapes. The tests run it in the V2 runner of vLLM 0.32, whose kernels Triton's interpreter can
+compute on a CPU.
 
 Dimensions: B rows of a batch, V vocabulary, L levels of a SID, T = L + 1 last tokens.
 """

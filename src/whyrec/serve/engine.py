@@ -1,7 +1,8 @@
 """What the HTTP layer calls: thoughts and beams of a vLLM engine, batched and checked.
 
 It lives in the API server's process beside vLLM's `EngineClient`. Beams go to the worker by one RPC
-at a time: while one runs, the next batch gathers.
+at a time: while one runs, the next batch gathers. Where vLLM has several replicas (`replicas.py`),
+each takes batches of its own: those that are free share what waits.
 
     engine = ServingEngine(client)
     info = await engine.start()
@@ -26,6 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 from whyrec.decode.model_folder import read_settings
 from whyrec.serve.beam_request import BeamRequest, CatalogueInfo, check_beam, check_ids
 from whyrec.serve.permit import TEXT_ONLY
+from whyrec.serve.replicas import ask_replica, count_replicas
 
 
 @dataclass(eq=False)
@@ -53,7 +55,8 @@ class ServingEngine:
         self._starting, self._changing = asyncio.Lock(), asyncio.Lock()
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []  # one a replica
+        self._busy: set[int] = set()  # replicas with a batch
         self._retired: set[asyncio.Task[None]] = set()
 
     @property
@@ -86,8 +89,11 @@ class ServingEngine:
                 self._infos[self._newest] = CatalogueInfo(
                     **known, level_sizes=settings.level_sizes, max_prompt=max_prompt
                 )
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.get_running_loop().create_task(self._run())
+        if all(loop.done() for loop in self._loops):
+            self._loops = [
+                asyncio.get_running_loop().create_task(self._run(replica))
+                for replica in range(count_replicas(self._client))
+            ]
         return self.info
 
     @contextmanager
@@ -133,7 +139,7 @@ class ServingEngine:
         self._uses[version] += 1
         try:
             arguments = (version, request.prompt_ids, request.width, rule)
-            return (await self._client.collective_rpc("whyrec_beam_tree", args=arguments))[0]
+            return await ask_replica(self._client, 0, "whyrec_beam_tree", arguments)
         finally:
             self._leave(version)
 
@@ -207,7 +213,12 @@ class ServingEngine:
     async def statistics(self) -> dict[str, int]:
         """Tokens of prompts that beams asked for, and how many of them were known."""
         await self.start()
-        return (await self._call("whyrec_statistics"))[0]
+        asked = [
+            ask_replica(self._client, replica, "whyrec_statistics", ())
+            for replica in range(len(self._loops))
+        ]
+        found = await asyncio.gather(*asked)
+        return {name: sum(one[name] for one in found) for name in found[0]}
 
     async def healthy(self) -> bool:
         """Whether the engine lives."""
@@ -236,28 +247,39 @@ class ServingEngine:
             raise ValueError(f"catalogue {version} is gone; the newest is {self._newest}")
         return self._infos[version]
 
-    async def _run(self) -> None:
-        """Gather beams and send them, one batch after the other, for ever."""
+    async def _run(self, replica: int) -> None:
+        """Gather beams and send them to a replica, one batch after the other, for ever."""
         while True:
             await self._arrived.wait()
             await asyncio.sleep(self._wait_s)
-            version = self._waiting[0].version if self._waiting else self._newest
-            same = [one for one in self._waiting if one.version == version]
-            batch = same[: self._max_batch]
-            self._waiting = [one for one in self._waiting if one not in batch]
-            if not self._waiting:
-                self._arrived.clear()
-            batch = [one for one in batch if not one.answer.done()]  # whose caller still waits
+            batch = self._take()
             if batch:
-                await self._send(version, batch)
+                self._busy.add(replica)
+                try:
+                    await self._send(replica, batch[0].version, batch)
+                finally:
+                    self._busy.discard(replica)
 
-    async def _send(self, version: int, batch: list[_Waiting]) -> None:
+    def _take(self) -> list[_Waiting]:
+        """A free replica's share of the beams that wait, all of one catalogue."""
+        version = self._waiting[0].version if self._waiting else self._newest
+        same = [one for one in self._waiting if one.version == version]
+        free = len(self._loops) - len(self._busy)
+        batch = same[: min(-(-len(same) // free), self._max_batch)]
+        self._waiting = [one for one in self._waiting if one not in batch]
+        if not self._waiting:
+            self._arrived.clear()
+        return [one for one in batch if not one.answer.done()]  # whose caller still waits
+
+    async def _send(self, replica: int, version: int, batch: list[_Waiting]) -> None:
         requests = [one.request for one in batch]
         rules = [[one.excluded, one.allowed, one.prefixes] for one in requests]
         try:
-            results = await self._client.collective_rpc(
+            results = await ask_replica(
+                self._client,
+                replica,
                 "whyrec_recommend",
-                args=(
+                (
                     version,
                     [one.prompt_ids for one in requests],
                     [one.width for one in requests],
@@ -269,7 +291,7 @@ class ServingEngine:
                 if not one.answer.done():
                     one.answer.set_exception(error)
             return
-        for one, (items, scores) in zip(batch, results[0], strict=True):
+        for one, (items, scores) in zip(batch, results, strict=True):
             if not one.answer.done():
                 found = list(zip(items, scores, strict=True))
                 one.answer.set_result(found[: one.request.k])

@@ -195,9 +195,9 @@ def check_supported(config: VllmConfig, model: nn.Module, layers: dict[str, Any]
         "layers are spread over several devices; set --pipeline-parallel-size 1": (
             parallel.pipeline_parallel_size > 1
         ),
-        "one engine has several replicas; start one server a replica": (
-            parallel.data_parallel_size > 1
-        ),
+        # Of other models vLLM tells its replicas that they are alone, as they are.
+        "its experts are shared by replicas, which must step together; leave "
+        "--data-parallel-size out and start several servers": parallel.data_parallel_size > 1,
     }
     for reason, holds in reasons.items():
         if holds:
