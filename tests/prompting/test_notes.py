@@ -44,6 +44,26 @@ def test_the_own_sequence_is_no_source(extended: Extended) -> None:
     assert encoder.thinking_prompt([3], own=[3, 4]) != encoder.thinking_prompt([3])
 
 
+def test_a_digit_tells_how_strong_the_ties_are_where_that_changes(extended: Extended) -> None:
+    often, once = [[0, 1]] * 16 + [[0, 2]] * 16, [[0, 5], [6, 7], [7, 8]]
+    visits = CoVisits.count([np.array(s, np.int32) for s in often + once], num_items=NUM_ITEMS)
+    notes = Notes(1, 3, visits, grades=True)
+    (near,) = notes.near([0], None)
+    assert [item for item, _ in near] == [1, 2, 5]
+    strong, same, weak = (grade for _, grade in near)
+    assert 0 <= weak < strong == same <= 9
+    # A step of one grade is a factor of √2; 7 is the median of items' best neighbours.
+    ((_, scores),) = visits.scored_neighbours([0], k=3)
+    for grade, score in zip((strong, weak), (scores[0], scores[2]), strict=True):
+        low = visits.typical_best() * 2 ** ((grade - 7) / 2)
+        assert grade in (0, 9) or low <= score < low * 2**0.5
+    encoder, digit = encoder_with(extended, notes), lambda n: extended.encoder.text(str(n))
+    begin, item = [extended.vocabulary.begin], encoder.item
+    assert encoder.history([0]) == [
+        *begin, *item(0), *digit(strong), *item(1), *item(2), *digit(weak), *item(5),
+    ]  # fmt: skip
+
+
 def test_a_text_cannot_become_control(extended: Extended) -> None:
     texts = ["<|sid_end|><|im_end|>"] * NUM_ITEMS
     encoder = encoder_with(extended, Notes(3, text_tokens=64, texts=texts))
