@@ -4,7 +4,7 @@
 # make bench   the benches of eval/bench
 #
 # FROM_SCRATCH=1 makes the demo train the whole line instead of starting from the released
-# checkpoint: minutes on a GPU, hours on a CPU.
+# checkpoints: minutes on a GPU, hours on a CPU.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,6 +17,7 @@ RECIPES := recipes/ml-100k
 CHECKPOINT := data/checkpoints/ml-100k
 ifdef FROM_SCRATCH
 RUN := runs/ml-100k-scratch
+THINKER := $(RUN)/model/enhanced
 else
 RUN := runs/ml-100k
 INDEX_FROM := --set checkpoint=$(CHECKPOINT)
@@ -24,20 +25,38 @@ INDEX_FROM := --set checkpoint=$(CHECKPOINT)
 ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
 	--set batch_tokens=1024 --set micro_batch_tokens=1024 \
 	--set evaluations=1 --set valid_users=64 --set replays=4 --set replay_tokens=24
+# The same from the thinking checkpoint. Thoughts cost seconds a user here, so few are asked.
+ACTIVATE_FROM := --set checkpoint=$(CHECKPOINT)-thinking --set max_steps=4 --set lr=1e-5 \
+	--set batch_tokens=512 --set micro_batch_tokens=512 --set steps_per_user=1 \
+	--set evaluations=1 --set valid_users=8
+THINKER := $(RUN)/model/activated
+# A fixed random subset: thinking takes ten times as long as not thinking.
+THINK_FOR := --users 64
 endif
 MODEL := $(RUN)/model/aligned
 
-.PHONY: demo aligned beauty test lint bench clean
+.PHONY: demo aligned thinking beauty test lint bench clean
 
-demo: aligned
-	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml
-	$(WHYREC) recommend $(MODEL) --run $(RUN) --user 1 --user 2 --user 3
+# The second evaluation replaces eval/results.json, so the first is kept beside it.
+demo: thinking
+	$(WHYREC) evaluate $(MODEL) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml \
+		--json $(RUN)/eval/aligned.json
+	$(WHYREC) evaluate $(THINKER) --run $(RUN) --sasrec $(RECIPES)/sasrec.yaml \
+		--think both $(THINK_FOR)
+	$(WHYREC) recommend $(THINKER) --run $(RUN) --user 1 --user 2 --user 3
 
 # The demo's model folder; the tests look into it too.
 aligned: .venv/ready
 	$(WHYREC) prepare ml-100k --run $(RUN)
 	$(WHYREC) index --run $(RUN) --recipe $(RECIPES)/index.yaml $(INDEX_FROM)
 	$(WHYREC) align --run $(RUN) --recipe $(RECIPES)/align.yaml $(ALIGN_FROM)
+
+# The demo's model that thinks.
+thinking: aligned
+	$(WHYREC) activate --run $(RUN) --recipe $(RECIPES)/activate.yaml $(ACTIVATE_FROM)
+ifdef FROM_SCRATCH
+	$(WHYREC) enhance --run $(RUN) --recipe $(RECIPES)/grpo.yaml
+endif
 
 beauty: .venv/ready
 	@test -n "$(SOURCE)" || { echo "name the downloaded files: make beauty SOURCE=FOLDER"; exit 2; }

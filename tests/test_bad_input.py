@@ -314,6 +314,36 @@ def _(world):
     return ("align", "--run", world.run, "--set", f"checkpoint={world.raw}")
 
 
+def activated_from(world: World, *settings: str) -> Command:
+    world.write("released/adapter_config.json", json.dumps({"r": 4}))
+    released = f"checkpoint={world.top}/released"
+    changes = [part for setting in (released, *settings) for part in ("--set", setting)]
+    return ("activate", "--run", world.run, *changes)
+
+
+@refused("activate from a checkpoint of other SIDs", "other SIDs than .*`whyrec index --set check")
+def _(world):
+    path = world.top / "released" / "sids.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.slice(1), path)
+    return activated_from(world)
+
+
+@refused("activate without an adapter, from a checkpoint", "rank 4; set lora_rank: 4, not 0")
+def _(world):
+    return activated_from(world, "lora_rank=0")
+
+
+@refused("activate from a checkpoint of another rank", "rank 4; set lora_rank: 4, not 16")
+def _(world):
+    return activated_from(world)
+
+
+@refused("activate from half a checkpoint", "released holds no adapter_config.json; name a check")
+def _(world):
+    return ("activate", "--run", world.run, "--set", f"checkpoint={world.top}/released")
+
+
 @refused("model of another catalogue", "different catalogues; name the model's own run")
 def _(world):
     return ("evaluate", world.model, "--run", other_catalogue(world), "--no-baselines")

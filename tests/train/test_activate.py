@@ -19,6 +19,7 @@ from whyrec.decode.think import ThoughtSettings
 from whyrec.evaluation.evaluate import evaluate
 from whyrec.prompting.encoder import IGNORED
 from whyrec.reasoning.endpoint import EndpointReport
+from whyrec.stage import fingerprint
 from whyrec.train import activate as activate_module
 from whyrec.train import rationales as rationales_module
 from whyrec.train.activate import activate
@@ -29,6 +30,7 @@ from whyrec.train.continued import continued_model
 from whyrec.train.rationales import Rationales, read_rationales, training_steps
 from whyrec.train.thinking import ThinkingMix
 from whyrec.train.trainer import AlignTrainer
+from whyrec.train.validation import METRICS, MODES
 
 
 def make_recipe(**settings: object) -> ActivateRecipe:
@@ -289,6 +291,97 @@ def test_a_killed_activation_resumes(activated, aligned_run, tmp_path, monkeypat
         for r in (run, expected_run)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "model" / "activated" / "checkpoint"
+
+
+def test_start_from_a_thinking_checkpoint(activated, aligned_run, tmp_path) -> None:
+    first_run, first = activated
+    run = copy_run(aligned_run, tmp_path / "run")
+    settings = {"max_steps": 2, "lr": 1e-5, "evaluations": 1}
+    activate(run, replace(first, checkpoint=str(checkpoint_of(first_run)), **settings))
+    summary = summary_of(run)
+    # It starts where the first run ended, but for bf16, which changes a few draws.
+    ended = summary_of(first_run)["valid_think_N@10"]
+    assert summary["start"]["think_N@10"] == pytest.approx(ended, abs=0.1)
+    assert summary["valid_think_N@10"] >= summary["start"]["think_N@10"]
+    stage = json.loads((run / "model" / "activated" / "stage.json").read_text())
+    assert stage["inputs"]["checkpoint"] == fingerprint(checkpoint_of(first_run))
+    assert summary_of(first_run)["start"] is None  # the aligned model is no candidate
+
+
+def test_a_checkpoint_that_no_step_betters_stays_as_it_was(
+    activated, aligned_run, tmp_path, monkeypatch
+) -> None:
+    first_run, first = activated
+    run = copy_run(aligned_run, tmp_path / "run")
+    ranks = iter([0.9, 0.1, 0.9])  # as good is not better
+    names = [mode + name for mode in MODES for name in METRICS]
+    monkeypatch.setattr(AlignTrainer, "rank_valid", lambda _: dict.fromkeys(names, next(ranks)))
+    settings = {"max_steps": 2, "lr": 1e-1, "evaluations": 2}
+    activate(run, replace(first, checkpoint=str(checkpoint_of(first_run)), **settings))
+    assert summary_of(run)["valid_think_N@10"] == 0.9
+    assert summary_of(run)["best_checkpoint_step"] == 0
+    ours, theirs = (
+        load_file(checkpoint_of(each) / "adapter_model.safetensors") for each in (run, first_run)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    history = ["item003", "item004"]
+    assert Recommender.from_pretrained(run / "model" / "activated").recommend(history, think=True)
+
+
+def test_a_killed_start_is_not_measured_again(
+    activated, aligned_run, tmp_path, monkeypatch
+) -> None:
+    first_run, first = activated
+    run = copy_run(aligned_run, tmp_path / "run")
+    recipe = replace(first, checkpoint=str(checkpoint_of(first_run)), max_steps=1, evaluations=1)
+
+    def dying(*_, **__):
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(AlignTrainer, "training_step", dying)
+        activate(run, recipe)
+    ranked, seen = AlignTrainer.rank_valid, []
+
+    def watched(self):
+        seen.append(self.state.global_step)
+        return ranked(self)
+
+    monkeypatch.setattr(AlignTrainer, "rank_valid", watched)
+    activate(run, recipe)
+    assert seen == [1] and summary_of(run)["start"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lora_rank": 0}, "is an adapter of rank 4; set lora_rank: 4, not 0, or start without"),
+        ({"lora_rank": 8}, "is an adapter of rank 4; set lora_rank: 4, not 8, or start without"),
+        ({"writer": "own"}, "writer: own asks the aligned model, and a checkpoint stands in its"),
+    ],
+)
+def test_settings_that_no_checkpoint_goes_with(
+    activated, aligned_run, tmp_path, settings, sentence
+) -> None:
+    first_run, first = activated
+    run = copy_run(aligned_run, tmp_path / "run")
+    with pytest.raises(ValueError, match=sentence):
+        activate(run, replace(first, checkpoint=str(checkpoint_of(first_run)), **settings))
+    assert not list((run / "model").glob("*activated*"))
+
+
+def test_an_all_weights_model_takes_a_checkpoint_of_its_backbone(
+    activated, prepared_run, backbone, tmp_path
+) -> None:
+    first_run, first = activated
+    run = align_quickly(copy_run(prepared_run, tmp_path / "run"), backbone, lora_rank=0)
+    settings = {"max_steps": 1, "evaluations": 1}
+    activate(run, replace(first, checkpoint=str(checkpoint_of(first_run)), **settings))
+    assert summary_of(run)["start"]["think_N@10"] >= 0
 
 
 def test_a_killed_own_writer_keeps_its_answers(aligned_run, tmp_path, monkeypatch) -> None:

@@ -3,7 +3,7 @@
 Rationales are written from pruned histories, with the target known, and trained after the *raw*
 history, followed by the item (arXiv 2510.11639). In a share of the examples the thought is closed
 at once, so that one model, given the same inputs, can do both. The checkpoint is chosen by ranking
-validation users with and without thinking.
+validation users with and without thinking; a released one that training starts from is a candidate.
 
     whyrec activate --run runs/NAME --recipe recipes/NAME/activate.yaml
     accelerate launch --config_file recipes/accelerate/gpu.yaml -m whyrec.train.activate \\
@@ -37,13 +37,15 @@ from whyrec.train.activate_recipe import (
     writing_of,
 )
 from whyrec.train.align import check_checkpoint
-from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.arguments import cut_rows, training_arguments
 from whyrec.train.command import stage_command
 from whyrec.train.continued import (
     check_adapter,
     check_context,
+    check_released,
     continued_model,
     save_trained,
+    train_best,
     training_encoder,
 )
 from whyrec.train.loss import SidLoss
@@ -63,8 +65,8 @@ def activate(run: Path, recipe: ActivateRecipe, *, force: bool = False) -> None:
     """Make `run/model/activated` out of `run/model/aligned`.
 
     Raises:
-        ValueError: when an earlier stage is missing, a setting cannot be, the thoughts do not fit
-            the model's context, or the endpoint fails.
+        ValueError: when an earlier stage is missing, a setting cannot be, the checkpoint belongs to
+            other SIDs, the thoughts do not fit the model's context, or the endpoint fails.
     """
     made_by = f"whyrec align --run {run} --recipe recipes/NAME/align.yaml"
     aligned = run / "model" / "aligned"
@@ -72,15 +74,20 @@ def activate(run: Path, recipe: ActivateRecipe, *, force: bool = False) -> None:
     settings = read_settings(aligned)
     writing = writing_of(recipe, max_history=settings.max_history)
     check_recipe(recipe)
-    check_adapter(aligned, lora_rank=recipe.lora_rank)
     check_checkpoint(aligned, run / "sids")
+    checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else None
+    if checkpoint:
+        check_checkpoint(checkpoint, run / "sids")
+        check_released(checkpoint, lora_rank=recipe.lora_rank)
+    else:
+        check_adapter(aligned, lora_rank=recipe.lora_rank)
     inputs = {
         "dataset": run / "dataset",
         "sids": run / "sids",
         "aligned": aligned,
         "question": template_file("recommend"),
         "templates": template_file("rationale"),
-    }
+    } | ({"checkpoint": checkpoint} if checkpoint else {})
     run_stage(
         run / "model" / "activated",
         lambda folder: _build(run, recipe, writing, settings, folder),
@@ -101,7 +108,11 @@ def _build(
     dataset = Dataset.load(run / "dataset")
     trie = Trie.load(run / "sids" / "trie.safetensors")
     adapted, tokenizer, vocabulary = continued_model(
-        run, run / "model" / "aligned", lora_rank=recipe.lora_rank, seed=recipe.seed
+        run,
+        run / "model" / "aligned",
+        lora_rank=recipe.lora_rank,
+        seed=recipe.seed,
+        checkpoint=Path(recipe.checkpoint) if recipe.checkpoint else None,
     )
     codes_NL = read_sids(run / "sids" / "sids.parquet", [i.item_id for i in dataset.items])
     encoder = training_encoder(
@@ -127,19 +138,12 @@ def _build(
     rationales, report = _rationales(run, writing, dataset, encoder, own_thinker, folder)
     adapted.train()
     trainer = _trainer(run, recipe, aligned, adapted, dataset, encoder, trie, rationales, folder)
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(folder / ".steps"))
+    start = "activate: the checkpoint" if recipe.checkpoint else ""
+    summary = train_best(trainer, folder, start=start)
     if state.is_main_process:
         made = replace(aligned, stage="activated", thoughts=thoughts_of(recipe))
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
-    return {
-        f"valid_{recipe.best_metric}": trainer.state.best_metric,
-        "best_checkpoint_step": trainer.state.best_global_step,
-        "rationales": report,
-        "train_seconds": result.metrics["train_runtime"],
-        "evaluation_seconds": trainer.evaluation_seconds,
-        "trained_tokens": trainer.trained_tokens,
-        "log": trainer.state.log_history,
-    }
+    return summary | {"rationales": report, "trained_tokens": trainer.trained_tokens}
 
 
 def _rationales(

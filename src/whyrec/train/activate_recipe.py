@@ -14,6 +14,8 @@ class ActivateRecipe:
     """Settings of reasoning activation.
 
     Attributes:
+        checkpoint: a released thinking checkpoint to start from, instead of the aligned adapter;
+            a candidate on validation.
         writer: of the rationales: grounded (facts of the catalogue, no model), own (the aligned
             model) or endpoint (any OpenAI-compatible one).
         announce: what a grounded rationale tells of the target: broad, category, supported, full;
@@ -59,6 +61,7 @@ class ActivateRecipe:
         report_to: a tracker that transformers knows, or none.
     """
 
+    checkpoint: str = ""
     writer: str = "grounded"
     announce: tuple[str, ...] = ("supported",)
     max_evidence: int = 3
@@ -155,6 +158,11 @@ def check_recipe(recipe: ActivateRecipe) -> None:
         raise ValueError("thoughts must be at least 1, and temperature not negative")
     if recipe.thoughts > 1 and recipe.temperature == 0:
         raise ValueError("at temperature 0 all thoughts are the same; set thoughts: 1")
+    if recipe.checkpoint and recipe.writer == "own":
+        raise ValueError(
+            "writer: own asks the aligned model, and a checkpoint stands in its place; use another "
+            "writer or leave the checkpoint out"
+        )
     for name in ("no_think", "think_weight"):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {getattr(recipe, name)}")

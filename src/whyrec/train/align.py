@@ -9,13 +9,10 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
         --run runs/NAME --recipe recipes/NAME/align.yaml
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,9 +29,9 @@ from whyrec.sid.quantizers import load_quantizer
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
 from whyrec.train.align_recipe import AlignRecipe
-from whyrec.train.arguments import cut_rows, last_checkpoint, training_arguments
+from whyrec.train.arguments import cut_rows, training_arguments
 from whyrec.train.command import stage_command
-from whyrec.train.continued import save_trained, training_encoder
+from whyrec.train.continued import save_trained, train_best, training_encoder
 from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
@@ -199,10 +196,17 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             done=folder / ".warmup.safetensors",
             token_ids=token_ids,
         )
-    summary = _train_mix(adapted, trainer, recipe, folder)
+    mix = trainer(
+        "mix",
+        epochs=recipe.epochs,
+        lr=recipe.lr,
+        evaluations=recipe.evaluations,
+        max_steps=recipe.max_steps,
+    )
+    summary = train_best(mix, folder, start="align: the checkpoint" if recipe.checkpoint else "")
     if state.is_main_process:
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
-    return summary
+    return summary | {"trained_tokens": mix.trained_tokens}
 
 
 def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:
@@ -228,42 +232,6 @@ def _adapted(model: PreTrainedModel, recipe: AlignRecipe, *, token_ids: list[int
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,
     )
-
-
-def _train_mix(
-    adapted: nn.Module, trainer: Callable[..., AlignTrainer], recipe: AlignRecipe, folder: Path
-) -> dict:
-    """The multi-task phase; leaves the best model in `adapted` and returns its history."""
-    mix = trainer(
-        "mix",
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        evaluations=recipe.evaluations,
-        max_steps=recipe.max_steps,
-    )
-    last = last_checkpoint(folder / ".mix")
-    start, released = None, None
-    if recipe.checkpoint and isinstance(adapted, PeftModel):
-        # The released checkpoint is a candidate too: a few steps may make it worse.
-        start = mix.rank_valid()
-        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        released = {name: value.detach().clone() for name, value in state.items()}
-        say(f"align: the checkpoint starts at validation N@10 {start['N@10']:.4f}")
-    result = mix.train(resume_from_checkpoint=last)
-    best = mix.state.best_metric
-    if start is not None and released is not None and (best is None or best < start["N@10"]):
-        say("align: no step was better on validation; the checkpoint stays as it was")
-        set_peft_model_state_dict(adapted, released)
-        best = start["N@10"]
-    return {
-        "valid_N@10": best,
-        "start": start,
-        "best_checkpoint_step": mix.state.best_global_step,
-        "train_seconds": result.metrics["train_runtime"],
-        "evaluation_seconds": mix.evaluation_seconds,
-        "trained_tokens": mix.trained_tokens,
-        "log": mix.state.log_history,
-    }
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ from whyrec.sid.index import read_sids
 from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
 from whyrec.train.align import check_checkpoint
-from whyrec.train.arguments import last_checkpoint
 from whyrec.train.command import stage_command
 from whyrec.train.continued import (
     check_adapter,
     check_context,
     continued_model,
     save_trained,
+    train_best,
     training_encoder,
 )
 from whyrec.train.dpo import ReplyCollator, ReplyDpoTrainer
@@ -114,30 +114,15 @@ def _build(run: Path, recipe: EnhanceRecipe, activated: Settings, folder: Path) 
     state = processes()
     parts = _parts(run, recipe, activated)
     trainer, report = _trainer(run, recipe, parts, folder)
-    start = trainer.validated_start(folder / ".start.json")
-    say(f"enhance: the activated model starts at {_shown(start, recipe.best_metric)}")
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(folder / ".steps"))
-    best, adapted = trainer.state.best_metric, parts.model
-    bettered = best is not None and best > start[recipe.best_metric]
-    if not bettered:
-        say("enhance: no step was better on validation; the activated model stays as it was")
-        adapted, _, _ = continued_model(
-            run, run / "model" / "activated", lora_rank=recipe.lora_rank, seed=recipe.seed
-        )
+    summary = train_best(trainer, folder, start="enhance: the activated model")
     if state.is_main_process:
         made = replace(activated, stage="enhanced", thoughts=_thoughts(recipe, activated))
-        save_trained(run, folder, adapted=adapted, tokenizer=parts.tokenizer, settings=made)
-    log = trainer.state.log_history
-    dead = [row["dead_groups"] for row in log if "dead_groups" in row]
-    return {
-        f"valid_{recipe.best_metric}": best if bettered else start[recipe.best_metric],
-        "best_checkpoint_step": trainer.state.best_global_step if bettered else 0,
-        "start": start,
+        save_trained(run, folder, adapted=parts.model, tokenizer=parts.tokenizer, settings=made)
+    dead = [row["dead_groups"] for row in summary["log"] if "dead_groups" in row]
+    return summary | {
         "dead_groups": float(np.mean(dead)) if dead else report.get("dead_groups"),
         "dead_groups_after_50_steps": float(np.mean(dead[50:])) if dead[50:] else None,
         "preferences": report or None,
-        "train_seconds": result.metrics["train_runtime"],
-        "log": log,
     }
 
 
@@ -278,11 +263,6 @@ def _thoughts(recipe: EnhanceRecipe, activated: Settings) -> ThoughtSettings:
     if not recipe.thought_tokens:
         return activated.thoughts
     return replace(activated.thoughts, max_tokens=recipe.thought_tokens)
-
-
-def _shown(figures: dict[str, float], name: str) -> str:
-    names = dict.fromkeys(["N@10", "think_N@10", name])
-    return ", ".join(f"{key} {figures[key]:.4f}" for key in names)
 
 
 if __name__ == "__main__":
