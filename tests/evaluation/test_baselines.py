@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from whyrec.catalog.dataset import Dataset, Examples, Item
 from whyrec.evaluation import baselines
+from whyrec.evaluation.metrics import ranking_metrics
 
 NUM_ITEMS = 9
 
@@ -105,3 +106,20 @@ def test_held_out_events_do_not_change_the_counts() -> None:
     for sequence in dataset.sequences:
         sequence[-2:] = 0
     assert np.array_equal(baselines.co_visitation(dataset)([np.arange(4)]), before)
+
+
+def test_tuned_co_visitation_is_no_worse_on_the_users_that_chose_it() -> None:
+    dataset = small_dataset(seed=3, users=60)
+    valid = dataset.examples("valid")
+
+    def reached(score: baselines.ScoreFn) -> float:
+        ranked_EK = baselines.rank(score, valid, k=10, exclude_history=True)
+        return float(ranking_metrics(ranked_EK, valid.targets_E, cutoffs=(10,))["N@10"].mean())
+
+    tuned = baselines.tuned_co_visitation(dataset, users=0)
+    every = [
+        baselines.co_visitation(dataset, decay=decay, damping=damping)
+        for decay in (0.4, 0.6, 0.9)
+        for damping in (0.0, 0.5)
+    ]
+    assert reached(tuned) >= max(map(reached, every))

@@ -3,7 +3,8 @@
 *Popularity* ranks items by their training events. *Co-visitation* counts which items are near each
 other in a user's training sequence (window 5, weight 1/distance forward and half of it backward)
 and scores a candidate by the last 10 history items, newest first with weights 1, 0.7, 0.49, …,
-divided by the square root of the candidate's training events plus one. It is the item-to-item
+divided by the square root of the candidate's training events plus one; its tuned twin chooses these
+weights and this power on the validation split. It is the item-to-item
 table of classic shops (Linden, Smith & York 2003), and on Amazon reviews it reaches published
 generative models.
 
@@ -12,6 +13,8 @@ A model is a function from a batch of histories to scores over the whole catalog
     ranked_EK = rank(co_visitation(dataset), dataset.examples("test"), exclude_history=True)
 """
 
+import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,9 +24,12 @@ from tqdm import tqdm
 
 from whyrec.catalog.covisits import BACKWARD, WINDOW, event_counts, pair_counts
 from whyrec.catalog.dataset import Dataset, Examples
+from whyrec.evaluation.metrics import ranking_metrics
 
 # histories (int32 item indices, oldest first) → scores_BN over all items, higher is better
 ScoreFn = Callable[[Sequence[np.ndarray]], np.ndarray]
+_DECAYS, _DAMPINGS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0.0, 0.25, 0.5)
+_TUNED_ON = 4000
 
 
 def rank(
@@ -99,6 +105,7 @@ def co_visitation(
     window: int = WINDOW,
     backward: float = BACKWARD,
     decay: float = 0.7,
+    damping: float = 0.5,
     last: int = 10,
 ) -> ScoreFn:
     """Score items by how often they stood near the history's last items in training sequences.
@@ -108,13 +115,14 @@ def co_visitation(
         window: the greatest distance, in events, at which two items count as neighbours.
         backward: weight of "j stood before i" against "j stood after i".
         decay: weight of a history item against the next newer one.
+        damping: power of a candidate's training events that its score is divided by.
         last: how many of the newest history items are looked at.
     """
     sequences, num_items = dataset.training_sequences(), len(dataset.items)
     counts_N = event_counts(sequences, num_items=num_items)
     neighbours_NN = pair_counts(sequences, num_items=num_items, window=window, backward=backward)
-    per_root_N = 1.0 / np.sqrt(counts_N + 1)  # + 1: an item seen once or twice is no safe bet
-    table_NN = (neighbours_NN @ sparse.diags_array(per_root_N)).tocsr()
+    damped_N = (counts_N + 1) ** -damping  # + 1: an item seen once or twice is no safe bet
+    table_NN = (neighbours_NN @ sparse.diags_array(damped_N)).tocsr()
 
     def score(histories: Sequence[np.ndarray]) -> np.ndarray:
         recent = [history[: -last - 1 : -1] for history in histories]  # newest first
@@ -125,3 +133,25 @@ def co_visitation(
         return (history_BN @ table_NN).toarray()
 
     return score
+
+
+def tuned_co_visitation(dataset: Dataset, *, users: int = _TUNED_ON) -> ScoreFn:
+    """Co-visitation with the decay and the damping of the best validation N@10, history excluded.
+
+    Args:
+        dataset: counts come from its training events.
+        users: validation users that choose, a fixed random subset; 0 for all.
+    """
+    examples = dataset.examples("valid").at_most(users)
+
+    def reached(setting: tuple[float, float]) -> float:
+        score = co_visitation(dataset, decay=setting[0], damping=setting[1])
+        ranked_EK = rank(score, examples, k=10, exclude_history=True)
+        found = ranking_metrics(ranked_EK, examples.targets_E, cutoffs=(10,))
+        return float(found["N@10"].mean())
+
+    if not len(examples):
+        return co_visitation(dataset)
+    decay, damping = max(itertools.product(_DECAYS, _DAMPINGS), key=reached)
+    print(f"co-visitation, tuned: decay {decay}, damping {damping}", file=sys.stderr)
+    return co_visitation(dataset, decay=decay, damping=damping)

@@ -70,6 +70,7 @@ def rank_baselines(
     if sasrec_recipe is not None:
         found["popularity"] = by_scores(baselines.popularity(dataset))
         found["co-visitation"] = by_scores(baselines.co_visitation(dataset))
+        found["co-visitation-tuned"] = by_scores(baselines.tuned_co_visitation(dataset))
         scorer = _kept(
             run,
             "sasrec",

@@ -145,7 +145,7 @@ def evaluate(
         prior_weight = _chosen_weight(recommender, dataset, run, beams=beams, users=users)
     if prior_weight is not None:
         extra["prior/weight"] = prior_weight
-        counts = baselines.co_visitation(dataset)
+        counts = baselines.tuned_co_visitation(dataset)
         for name, ranking in rows["whyrec"].items():
             mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
             ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
@@ -215,7 +215,9 @@ def _chosen_weight(
     """The prior's weight with the best validation N@10, history excluded; it is printed."""
     valid = _examples(dataset, run, split="valid", users=users)
     ranking = _rank(recommender, valid, beams=beams, split="valid")["excluded"]
-    mixture = prior.mix(ranking, baselines.co_visitation(dataset), valid, exclude_history=True)
+    mixture = prior.mix(
+        ranking, baselines.tuned_co_visitation(dataset), valid, exclude_history=True
+    )
     weight = prior.best_prior_weight(mixture, valid.targets_E)
     print(f"evaluate: weight of the prior, chosen on validation: {weight}", file=sys.stderr)
     return weight

@@ -33,6 +33,7 @@ METRICS = ("R@5", "R@10", "N@5", "N@10")
 MODEL_NAMES = {  # in the order of the rows; other models come last under their own names
     "popularity": "Popularity",
     "co-visitation": "Co-visitation counts",
+    "co-visitation-tuned": "Co-visitation counts, tuned",
     "sasrec": "SASRec, full softmax",
     "tiger": "TIGER, our training",
     "aligned": "WhyRec, aligned",
