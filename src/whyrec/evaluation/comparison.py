@@ -4,8 +4,8 @@ Popularity and co-visitation are counted anew each time. SASRec and TIGER are tr
 training events, with the seed of the model that they stand beside, so that several seeds of ours
 are several seeds of theirs; their weights are kept in `run/eval/NAME-seed-N`.
 
-    ranked = rank_baselines(dataset, examples, run, split="test", seed=0, sasrec_recipe=recipe,
-                            tiger_recipe=None)
+    ranked = rank_baselines(dataset, examples, run, split="test", seed=0, tuned_counts=None,
+                            sasrec_recipe=recipe, tiger_recipe=None)
     ranked["sasrec/test/excluded"]      # int [E, 20]
 """
 
@@ -34,6 +34,7 @@ def rank_baselines(
     *,
     split: str,
     seed: int,
+    tuned_counts: baselines.ScoreFn | None,
     sasrec_recipe: sasrec.SasrecRecipe | None,
     tiger_recipe: tiger.TigerRecipe | None,
 ) -> dict[str, np.ndarray]:
@@ -45,7 +46,8 @@ def rank_baselines(
         run: the run folder.
         split: of the examples, for the names.
         seed: of what is trained, in place of the recipes'.
-        sasrec_recipe: None leaves SASRec and the counts out.
+        tuned_counts: of `tuned_co_visitation`; None leaves them out.
+        sasrec_recipe: None leaves SASRec and the other counts out.
         tiger_recipe: None leaves TIGER out.
     """
 
@@ -70,7 +72,8 @@ def rank_baselines(
     if sasrec_recipe is not None:
         found["popularity"] = by_scores(baselines.popularity(dataset))
         found["co-visitation"] = by_scores(baselines.co_visitation(dataset))
-        found["co-visitation-tuned"] = by_scores(baselines.tuned_co_visitation(dataset))
+        if tuned_counts is not None:
+            found["co-visitation-tuned"] = by_scores(tuned_counts)
         scorer = _kept(
             run,
             "sasrec",

@@ -141,11 +141,15 @@ def evaluate(
         for name, by_history in rows.items()
         for history, ranking in by_history.items()
     }
-    if prior_weight == "auto":
-        prior_weight = _chosen_weight(recommender, dataset, run, beams=beams, users=users)
-    if prior_weight is not None:
-        extra["prior/weight"] = prior_weight
+    counts = None
+    if prior_weight is not None or sasrec_recipe is not None:
         counts = baselines.tuned_co_visitation(dataset)
+    if prior_weight == "auto":
+        assert counts is not None
+        prior_weight = _chosen_weight(recommender, dataset, run, counts, beams=beams, users=users)
+    if prior_weight is not None:
+        assert counts is not None
+        extra["prior/weight"] = prior_weight
         for name, ranking in rows["whyrec"].items():
             mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
             ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
@@ -184,6 +188,7 @@ def evaluate(
         run,
         split=split,
         seed=seed,
+        tuned_counts=counts,
         sasrec_recipe=sasrec_recipe,
         tiger_recipe=tiger_recipe,
     )
@@ -210,14 +215,18 @@ def _rank(
 
 
 def _chosen_weight(
-    recommender: Recommender, dataset: Dataset, run: Path, *, beams: int, users: int
+    recommender: Recommender,
+    dataset: Dataset,
+    run: Path,
+    counts: baselines.ScoreFn,
+    *,
+    beams: int,
+    users: int,
 ) -> float:
     """The prior's weight with the best validation N@10, history excluded; it is printed."""
     valid = _examples(dataset, run, split="valid", users=users)
     ranking = _rank(recommender, valid, beams=beams, split="valid")["excluded"]
-    mixture = prior.mix(
-        ranking, baselines.tuned_co_visitation(dataset), valid, exclude_history=True
-    )
+    mixture = prior.mix(ranking, counts, valid, exclude_history=True)
     weight = prior.best_prior_weight(mixture, valid.targets_E)
     print(f"evaluate: weight of the prior, chosen on validation: {weight}", file=sys.stderr)
     return weight
