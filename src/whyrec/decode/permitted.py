@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whyrec.decode.transfer import sent
 from whyrec.sid.trie import Trie
 
 
@@ -68,7 +69,7 @@ class Permitted:
 
     def to(self, device: torch.device) -> "Permitted":
         """The same on a device."""
-        return Permitted(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Permitted(*(sent(getattr(self, field.name), device) for field in fields(self)))
 
     def copy_(self, other: "Permitted") -> None:
         """Take over another's intervals, of the same shape, in place."""
