@@ -102,7 +102,8 @@ def _intervals(rule: Rule, trie: Trie, ranks_N: np.ndarray) -> tuple[np.ndarray,
         last = np.diff(allowed, append=np.iinfo(np.int64).max) > 1
         return allowed[first], allowed[last] + 1
     # Each excluded rank cuts the interval that holds it in two.
-    excluded = excluded[_inside(excluded, starts, stops)]
+    if rule.prefixes is not None:
+        excluded = excluded[_inside(excluded, starts, stops)]
     starts = np.sort(np.concatenate([starts, excluded + 1]))
     stops = np.sort(np.concatenate([stops, excluded]))
     filled = stops > starts
