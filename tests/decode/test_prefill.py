@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from conftest import make_codes, make_model, make_vocabulary
 from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.prefill import _shared_prefix
 from whyrec.decode.prompt_cache import PromptCache
 from whyrec.sid.trie import Trie
 
@@ -94,3 +95,27 @@ def test_fixed_shapes_equal_compact_ones(decoder: BeamDecoder, width: int, align
     found = decoder.search(prefilled, width=width, compact=False)
     assert torch.equal(found.items_UW, expected.items_UW)
     torch.testing.assert_close(found.scores_UW, expected.scores_UW, atol=1e-4, rtol=0)
+
+
+def test_fixed_shapes_search_again_from_the_same_prompts(decoder: BeamDecoder) -> None:
+    prompts = [[3, 9, 4, 1], [5, 1]]
+    rules: list[list[list[int]] | None] = [[[2, 7], [0]], None]
+    expected = [
+        decoder.search(decoder.prefill(prompts, width=6), width=6, excluded=excluded)
+        for excluded in rules
+    ]
+    prefilled = decoder.prefill(prompts, width=6)  # room for one search
+    for excluded, wanted in zip(rules, expected, strict=True):
+        found = decoder.search(prefilled, width=6, excluded=excluded, compact=False)
+        assert torch.equal(found.items_UW, wanted.items_UW)
+        torch.testing.assert_close(found.scores_UW, wanted.scores_UW, atol=1e-4, rtol=0)
+
+
+@given(families())
+def test_what_prompts_begin_with_alike(batches: list[list[list[int]]]) -> None:
+    for prompts in batches:
+        shortest = min(map(len, prompts))
+        alike = [len({tuple(prompt[:n]) for prompt in prompts}) == 1 for n in range(shortest)]
+        shared = max(n for n, same in enumerate(alike) if same)
+        worth = shared * len(prompts) >= 4 * max(map(len, prompts))
+        assert _shared_prefix(prompts) == (shared if worth else 0)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whyrec.decode.transfer import sent
 from whyrec.sid.trie import Trie
 
 
@@ -68,7 +69,7 @@ class Permitted:
 
     def to(self, device: torch.device) -> "Permitted":
         """The same on a device."""
-        return Permitted(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Permitted(*(sent(getattr(self, field.name), device) for field in fields(self)))
 
     def copy_(self, other: "Permitted") -> None:
         """Take over another's intervals, of the same shape, in place."""
@@ -101,7 +102,8 @@ def _intervals(rule: Rule, trie: Trie, ranks_N: np.ndarray) -> tuple[np.ndarray,
         last = np.diff(allowed, append=np.iinfo(np.int64).max) > 1
         return allowed[first], allowed[last] + 1
     # Each excluded rank cuts the interval that holds it in two.
-    excluded = excluded[_inside(excluded, starts, stops)]
+    if rule.prefixes is not None:
+        excluded = excluded[_inside(excluded, starts, stops)]
     starts = np.sort(np.concatenate([starts, excluded + 1]))
     stops = np.sort(np.concatenate([stops, excluded]))
     filled = stops > starts

@@ -1,7 +1,7 @@
 """Prompts' keys and values, computed once: what searches and thoughts start from.
 
-What a batch's prompts begin with alike is run for one of them, and what a `PromptCache` knows is
-not run at all.
+What a batch's prompts begin with alike is run for one of them on a CPU, and what a `PromptCache`
+knows is not run at all.
 
 Dimensions: U users, P prompt slots, T tokens to compute, S slots, D hidden size, B beam tokens of a
 user that are kept, W beams.
@@ -9,12 +9,14 @@ user that are kept, W beams.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from whyrec.decode.prompt_cache import Known, PromptCache
+from whyrec.decode.transfer import sent
 from whyrec.decode.tree_attention import KeyValueStore, TreeModel
 
 
@@ -106,12 +108,15 @@ def prefill(
 def _prefill_all(
     tree: TreeModel, prompts: Sequence[Sequence[int]], *, tree_slots: int
 ) -> Prefilled:
-    """Run the prompts, their common beginning once."""
+    """Run the prompts, on a CPU their common beginning once.
+
+    On a GPU the mask that its rest would need costs more than it saves: Flash Attention knows none.
+    """
     lengths_U, ids_UP = _padded(prompts, tree.device)
     num_users, num_slots = ids_UP.shape
     store = KeyValueStore(lengths_U, num_slots, capacity=num_slots + tree_slots)
     positions_UP = torch.arange(num_slots, device=tree.device).expand(num_users, -1)
-    shared = _shared_prefix(prompts)
+    shared = _shared_prefix(prompts) if tree.device.type == "cpu" else 0
     mask_UTS = None
     if shared:
         first = KeyValueStore(lengths_U[:1], shared, capacity=shared)
@@ -181,18 +186,19 @@ def _prefill_behind(
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Lengths [U] and token ids [U, longest], padded with 0 on the right."""
-    lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
-    return torch.tensor(lengths, device=device), torch.from_numpy(ids).to(device)
+    return sent(torch.from_numpy(lengths), device), sent(torch.from_numpy(ids), device)
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; 0 where a pass for them would save too little."""
     shortest = min(len(prompt) for prompt in prompts)
-    ids_UP = np.array([list(prompt[: shortest - 1]) for prompt in prompts], dtype=np.int64)
-    differs_P = (ids_UP != ids_UP[:1]).any(0)
-    shared = int(differs_P.argmax()) if differs_P.any() else shortest - 1
+    # What the first and the last in order begin with alike, all between them do.
+    first, last = min(prompts, key=list), max(prompts, key=list)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = min(sum(1 for _ in alike), shortest - 1)
     longest = max(len(prompt) for prompt in prompts)
     return shared if shared * len(prompts) >= 4 * longest else 0

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from whyrec.decode.beam import BeamDecoder
+from whyrec.decode.beam import BeamDecoder, Beams
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.workers import in_processes
 
@@ -86,16 +86,22 @@ def rank_prompts(
     bar = tqdm(
         total=len(prompts), desc=progress, unit="user", disable=not progress, file=sys.stderr
     )
+    # A GPU is asked nothing before all is done, so that it never waits for the host: the next
+    # batch is made while it works. The beams' tokens that this computes in vain are few.
+    compact = decoder.device.type == "cpu"
+    found: list[tuple[Ranking, list[int], Beams]] = []
     for batch in batches([len(p) for p in prompts], device=decoder.device.type):
         prefilled = decoder.prefill(
-            [prompts[i] for i in batch], width=width, searches=len(rankings)
+            [prompts[i] for i in batch], width=width, searches=len(rankings) if compact else 1
         )
         for ranking, exclude in zip(rankings, exclude_history, strict=True):
             excluded = [histories[i].tolist() for i in batch] if exclude else None
-            beams = decoder.search(prefilled, width=width, excluded=excluded)
-            ranking.items_EW[batch] = beams.items_UW.cpu().numpy()
-            ranking.scores_EW[batch] = beams.scores_UW.to(torch.float32).cpu().numpy()
+            beams = decoder.search(prefilled, width=width, excluded=excluded, compact=compact)
+            found.append((ranking, batch, beams))
         bar.update(len(batch))
+    for ranking, batch, beams in found:
+        ranking.items_EW[batch] = beams.items_UW.cpu().numpy()
+        ranking.scores_EW[batch] = beams.scores_UW.to(torch.float32).cpu().numpy()
     bar.close()
     return rankings
 

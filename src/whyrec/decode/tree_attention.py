@@ -7,7 +7,8 @@ Miao et al. 2024, SpecInfer, arXiv 2305.09781). The query heads of a key/value h
 the query axis, so that grouped keys are not expanded either.
 
 The model runs its own code: Transformers' `AttentionInterface` lets us put our attention in place
-of its own for the length of one call; `whyrec.serve.tree_model` does the same to vLLM's models.
+of its own for the length of one call; `whyrec.serve.tree_model` does the same to vLLM's models. On
+a GPU a plain Llama or Qwen runs by `whyrec.backbone.lean_blocks`.
 Dimensions: U users, T new tokens a user, P prompt slots, S slots in use, H query heads, J key/value
 heads, E head size, D hidden size.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
+from whyrec.backbone import lean_blocks
 from whyrec.backbone.packed_attention import attention_of
 
 _NAME = "whyrec_tree"
@@ -272,9 +274,25 @@ def run(
             all users or one a user. None for whole right-padded prompts.
     """
     store.look(mask_UTS)
-    with attention_of(model, _NAME):
-        output = model.base_model(
-            input_ids=ids_UT, position_ids=positions_UT, use_cache=False, tree_store=store
-        )
+    if ids_UT.is_cuda and not torch.is_grad_enabled() and lean_blocks.is_lean(model):
+        hidden_UTD = run_lean(model, ids_UT, positions_UT=positions_UT, store=store)
+    else:
+        with attention_of(model, _NAME):
+            hidden_UTD = model.base_model(
+                input_ids=ids_UT, position_ids=positions_UT, use_cache=False, tree_store=store
+            ).last_hidden_state
     store.used += ids_UT.shape[1]
-    return output.last_hidden_state
+    return hidden_UTD
+
+
+def run_lean(
+    model: PreTrainedModel, ids_UT: Tensor, *, positions_UT: Tensor, store: KeyValueStore
+) -> Tensor:
+    """Last hidden states by `lean_blocks`, of tokens that see what `store.look` was told."""
+
+    def attend_store(
+        layer: int, query_UHTE: Tensor, key_UJTE: Tensor, value_UJTE: Tensor, scale: float
+    ) -> Tensor:
+        return attend(store, layer, query_UHTE, key_UJTE, value_UJTE, scaling=scale)
+
+    return lean_blocks.last_hidden(model, ids_UT, positions_UT=positions_UT, attend=attend_store)
