@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--thoughts", type=int, help="thoughts a user; else the model's setting")
     command.add_argument(
+        "--against", type=Path, help="another model of the run, for gains over it by user"
+    )
+    command.add_argument(
         "--temperature", type=float, help="of their sampling; else the model's setting"
     )
     command.add_argument(
@@ -239,6 +242,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         thoughts=options.thoughts,
         temperature=options.temperature,
         traces=options.traces,
+        against=options.against,
         command=shlex.join(["whyrec", *sys.argv[1:]]),
         json_path=options.json,
     )

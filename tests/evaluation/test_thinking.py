@@ -119,3 +119,19 @@ def test_traces_are_written(finished) -> None:
     assert len(rows) == NUM_USERS and all(len(row["items"]) == 10 for row in rows)
     assert 0 <= figures["trace/facts_true"] <= 1 and "trace/kept/other_user" in figures
     assert figures["trace/distinct"] == len({row["trace"] for row in rows}) / NUM_USERS
+
+
+def test_gains_over_another_model_are_paired_by_user(finished, saved_model, extended) -> None:
+    run, model = finished
+    figures = evaluate(model, run, split="test", beams=20, think="both", against=saved_model)
+    # The other model has the same weights and does not think: its prompt holds no thought.
+    test = extended.dataset.examples("test")
+    (theirs,) = Recommender.from_pretrained(saved_model).rank(test.histories, width=20)
+    for row in ("whyrec", "whyrec-think", "whyrec-fused"):
+        before = metric(theirs, test.targets_E, "N@10")
+        gain = figures[f"{row}/test/excluded/N@10"] / before - 1
+        assert figures[f"against/{row}/N@10"] == pytest.approx(gain)
+        low, high = (figures[f"against/{row}/N@10/{end}"] for end in ("low", "high"))
+        assert low <= gain <= high
+    itself = evaluate(model, run, split="test", beams=20, think="both", against=model)
+    assert all(value == 0 for key, value in itself.items() if key.startswith("against/"))

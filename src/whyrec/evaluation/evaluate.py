@@ -29,6 +29,7 @@ from whyrec.evaluation.results import record
 from whyrec.evaluation.thinking import (
     cost_figures,
     fused_rankings,
+    model_gains,
     rank_after_thinking,
     think_gains,
     thought_settings,
@@ -52,6 +53,7 @@ def evaluate(
     thoughts: int | None = None,
     temperature: float | None = None,
     traces: bool = False,
+    against: Path | None = None,
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -72,14 +74,17 @@ def evaluate(
         thoughts: how many for each user; the model's own setting when None.
         temperature: of their sampling; the model's own setting when None.
         traces: measure the traces too and write `run/eval/traces.parquet`.
+        against: another model of the run, such as that of an earlier stage, to be compared with
+            by user; thinking with thinking, where it thinks.
         command: how this was called, for the record.
         json_path: where the record is written besides.
 
     Returns:
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
-        `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC` and
-        `fused_gain/METRIC` (shares, history excluded), `cost/...`, `trace/...`, `prior/weight`,
-        `evaluate/seconds` (ranking without thinking, both ways), `language/...` and `caption/...`.
+        `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC`,
+        `fused_gain/METRIC` and `against/ROW/METRIC` (shares, history excluded), `cost/...`,
+        `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without thinking, both ways),
+        `language/...` and `caption/...`.
 
     Raises:
         ValueError: when the model belongs to another catalogue or cannot think, or the split holds
@@ -97,17 +102,17 @@ def evaluate(
     dataset = Dataset.load(run / "dataset")
     examples = _examples(dataset, run, split=split, users=users)
     recommender = Recommender.from_pretrained(model)
-    if [i.item_id for i in recommender.items] != [i.item_id for i in dataset.items]:
-        raise ValueError(
-            f"{model} recommends {len(recommender.items)} items and {run} holds "
-            f"{len(dataset.items)}: they are different catalogues; name the model's own run"
-        )
+    _check_catalogue(recommender, dataset, model, run)
+    other = None
+    if against is not None:
+        other = Recommender.from_pretrained(against)
+        _check_catalogue(other, dataset, against, run)
     if think != "off":
         settings = thought_settings(recommender, samples=thoughts, temperature=temperature)
     seed = _seed(model)
+    start = time.perf_counter()
     rows: dict[str, dict[str, Ranking]] = {}
     extra: dict[str, float] = {}
-    start = time.perf_counter()
     if think != "on":
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
         extra["evaluate/seconds"] = time.perf_counter() - start
@@ -136,6 +141,8 @@ def evaluate(
             template_folder=model / "prompts",
             path=run / "eval" / "traces.parquet",
         )
+    if other is not None:
+        extra |= _gains_over(other, examples, rows, beams=beams, split=split)
     ranked = {
         f"{name}/{split}/{history}": ranking.items_EW
         for name, by_history in rows.items()
@@ -202,6 +209,14 @@ def evaluate(
     return figures
 
 
+def _check_catalogue(recommender: Recommender, dataset: Dataset, model: Path, run: Path) -> None:
+    if [i.item_id for i in recommender.items] != [i.item_id for i in dataset.items]:
+        raise ValueError(
+            f"{model} recommends {len(recommender.items)} items and {run} holds "
+            f"{len(dataset.items)}: they are different catalogues; name the model's own run"
+        )
+
+
 def _rank(
     recommender: Recommender, examples: Examples, *, beams: int, split: str
 ) -> dict[str, Ranking]:
@@ -212,6 +227,29 @@ def _rank(
         progress=f"ranking for {split} users",
     )
     return dict(zip(HISTORIES, rankings, strict=True))
+
+
+def _gains_over(
+    other: Recommender,
+    examples: Examples,
+    rows: Mapping[str, Mapping[str, Ranking]],
+    *,
+    beams: int,
+    split: str,
+) -> dict[str, float]:
+    """Gains of our rows over those of another model, which thinks as it has learnt to, or not."""
+    thinks = other.settings.thoughts is not None
+    plain = _rank(other, examples, beams=beams, split=split)
+    theirs = {"whyrec": plain["excluded"]}
+    if thinks and "whyrec-think" in rows:
+        thinking = rank_after_thinking(
+            other, examples, beams=beams, split=split, settings=other.thoughts
+        )
+        fused = fused_rankings(plain, thinking, beams=beams)
+        theirs |= {"whyrec-think": thinking.rankings["excluded"]}
+        theirs |= {"whyrec-fused": fused["excluded"]}
+    ours = {name: by_history["excluded"] for name, by_history in rows.items()}
+    return model_gains(ours, theirs, examples.targets_E)
 
 
 def _chosen_weight(

@@ -133,3 +133,36 @@ def think_gains(
                 f"{key}/per_token": gain.relative / max(tokens, 1.0),
             }
     return figures
+
+
+def model_gains(
+    ours: Mapping[str, Ranking], theirs: Mapping[str, Ranking], targets_E: np.ndarray
+) -> dict[str, float]:
+    """Relative gains of a model over another one, paired by user, with 95 % intervals.
+
+    Args:
+        ours: by row (`whyrec`, `whyrec-think`, …), rankings with the history excluded.
+        theirs: the other model's; a row that it has not, because it does not think, is compared
+            with its `whyrec`.
+        targets_E: the items to be found.
+
+    Returns:
+        `against/ROW/METRIC` at 5 and 10, each with `/low` and `/high`; none where the other model
+        never hits.
+    """
+    figures: dict[str, float] = {}
+    for row, ranking in ours.items():
+        other = theirs.get(row, theirs["whyrec"])
+        base = ranking_metrics(other.items_EW, targets_E, cutoffs=(5, 10))
+        found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(5, 10))
+        for metric in ("R@5", "R@10", "N@5", "N@10"):
+            if not base[metric].any():
+                continue
+            gain = paired_gain_interval(found[metric], base[metric])
+            key = f"against/{row}/{metric}"
+            figures |= {
+                key: gain.relative,
+                f"{key}/low": gain.relative_low,
+                f"{key}/high": gain.relative_high,
+            }
+    return figures
