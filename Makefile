@@ -28,7 +28,7 @@ ALIGN_FROM := --set checkpoint=$(CHECKPOINT) --set max_steps=4 --set lr=1e-5 \
 # The same from the thinking checkpoint. Thoughts cost seconds a user here, so few are asked.
 ACTIVATE_FROM := --set checkpoint=$(CHECKPOINT)-thinking --set max_steps=4 --set lr=1e-5 \
 	--set batch_tokens=512 --set micro_batch_tokens=512 --set steps_per_user=1 \
-	--set evaluations=1 --set valid_users=8
+	--set evaluations=1 --set valid_users=32
 THINKER := $(RUN)/model/activated
 # A fixed random subset: thinking takes ten times as long as not thinking.
 THINK_FOR := --users 64
@@ -67,7 +67,7 @@ beauty: .venv/ready
 		--prior auto --sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
 # The tests of `serve` run a real vLLM on the CPU; those that share one are a group.
-test: lint .venv/serve .venv/triton aligned
+test: lint .venv/serve .venv/triton thinking
 	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from whyrec import Recommender
 from whyrec.catalog.dataset import Dataset
@@ -17,10 +16,6 @@ TOP = Path(__file__).resolve().parents[2]
 USERS, WIDTH = 50, 10
 
 
-@pytest.mark.skipif(
-    not (TOP / "data" / "checkpoints" / "ml-100k-thinking").exists(),
-    reason="no thinking checkpoint is released yet",
-)
 def test_real_items_after_thoughts_that_are_true() -> None:
     run = TOP / "runs" / "ml-100k"
     folder = run / "model" / "activated"
