@@ -30,8 +30,8 @@ ACTIVATE_FROM := --set checkpoint=$(CHECKPOINT)-thinking --set max_steps=4 --set
 	--set batch_tokens=512 --set micro_batch_tokens=512 --set steps_per_user=1 \
 	--set evaluations=1 --set valid_users=32
 THINKER := $(RUN)/model/activated
-# A fixed random subset: thinking takes ten times as long as not thinking.
-THINK_FOR := --users 64
+# A fixed random subset: thinking takes three times as long as not thinking.
+THINK_FOR := --users 128
 endif
 MODEL := $(RUN)/model/aligned
 

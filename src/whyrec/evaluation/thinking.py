@@ -122,16 +122,11 @@ def think_gains(
     for name, ranking in others.items():
         found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(10,))
         for metric in ("R@10", "N@10"):
-            if not base[metric].any():
-                continue
-            gain = paired_gain_interval(found[metric], base[metric])
             key = f"{name}_gain/{metric}"
-            figures |= {
-                key: gain.relative,
-                f"{key}/low": gain.relative_low,
-                f"{key}/high": gain.relative_high,
-                f"{key}/per_token": gain.relative / max(tokens, 1.0),
-            }
+            gain = _relative_gain(key, found[metric], base[metric])
+            figures |= gain
+            if gain:
+                figures[f"{key}/per_token"] = gain[key] / max(tokens, 1.0)
     return figures
 
 
@@ -156,13 +151,17 @@ def model_gains(
         base = ranking_metrics(other.items_EW, targets_E, cutoffs=(5, 10))
         found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(5, 10))
         for metric in ("R@5", "R@10", "N@5", "N@10"):
-            if not base[metric].any():
-                continue
-            gain = paired_gain_interval(found[metric], base[metric])
-            key = f"against/{row}/{metric}"
-            figures |= {
-                key: gain.relative,
-                f"{key}/low": gain.relative_low,
-                f"{key}/high": gain.relative_high,
-            }
+            figures |= _relative_gain(f"against/{row}/{metric}", found[metric], base[metric])
     return figures
+
+
+def _relative_gain(key: str, ours_E: np.ndarray, theirs_E: np.ndarray) -> dict[str, float]:
+    """A gain and its interval; nothing where theirs never hits."""
+    if not theirs_E.any():
+        return {}
+    gain = paired_gain_interval(ours_E, theirs_E)
+    return {
+        key: gain.relative,
+        f"{key}/low": gain.relative_low,
+        f"{key}/high": gain.relative_high,
+    }
