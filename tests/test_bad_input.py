@@ -303,6 +303,11 @@ def _(world):
     )
 
 
+@refused("align with neighbours that grow with age", "neighbour_decay must lie between 0 and 1")
+def _(world):
+    return ("align", "--run", world.run, "--set", "neighbour_decay=1.5")
+
+
 @refused("align from another catalogue's checkpoint", "belongs to another catalogue.*`whyrec index")
 def _(world):
     released = f"checkpoint={world.top}/released"
