@@ -42,6 +42,7 @@ MODEL_NAMES = {  # in the order of the rows; other models come last under their 
     "whyrec+prior": "WhyRec with a co-visitation prior",
     "whyrec-think": "WhyRec, thinking",
     "whyrec-fused": "WhyRec, fused",
+    "whyrec-ahead": "WhyRec, thought ahead",
 }
 _MARKED = re.compile(
     r"(<!-- table:([\w./-]+)((?: [\w./@+:-]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL
