@@ -294,7 +294,7 @@ def test_notes_are_shown_and_never_trained(
         extended.tokenizer,
         vocabulary=extended.vocabulary,
         codes_NL=extended.codes_NL.tolist(),
-        notes=Notes(3, 2, visits, text_tokens, texts),
+        notes=Notes(3, 2, visits, text_tokens=text_tokens, texts=texts),
     )
     mixes = [
         AlignmentMix(
