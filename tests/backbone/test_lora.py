@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 
 from conftest import make_model
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
-from whyrec.backbone.lora import add_lora, load_adapter, plain_model, save_adapter
+from whyrec.backbone.lora import (
+    add_lora,
+    load_adapter,
+    merged_weights,
+    plain_model,
+    save_adapter,
+)
 
 LEVELS = (5, 6)
 
@@ -70,6 +76,29 @@ def test_saved_and_loaded_gives_the_same_logits(tokenizer, tmp_path, tied: bool)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == names
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged, tokenizer), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_weights_are_those_of_a_merged_model(tokenizer, tied: bool, kind: str) -> None:
+    model, token_ids, _ = extend(tokenizer, tied=tied, kind=kind)
+    plain = {name: weight.clone() for name, weight in merged_weights(model)}
+    assert plain.keys() == dict(model.named_parameters()).keys()
+    adapted = add_lora(model, token_ids=token_ids, rank=4, alpha=8.0, dropout=0.0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    with torch.no_grad():
+        found = dict(merged_weights(adapted))
+        inside = dict(merged_weights(plain_model(adapted)))
+    assert all(torch.equal(before[name], weight) for name, weight in adapted.state_dict().items())
+    expected = dict(adapted.merge_and_unload().named_parameters())
+    assert found.keys() == inside.keys() == expected.keys() == plain.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.data)
+        assert torch.equal(found[name], inside[name])
+    assert not torch.equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
 
 
 def test_the_file_is_small_and_names_no_machine(tokenizer, tmp_path) -> None:

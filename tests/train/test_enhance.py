@@ -20,6 +20,7 @@ from whyrec.decode.think import ThoughtSettings
 from whyrec.recipe import load_recipe
 from whyrec.train import enhance as enhance_module
 from whyrec.train import rewards as rewards_module
+from whyrec.train import sampling as sampling_module
 from whyrec.train.activate import activate
 from whyrec.train.activate_recipe import ActivateRecipe
 from whyrec.train.align import align
@@ -55,10 +56,9 @@ def copy_run(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder))
 
 
-@pytest.fixture(scope="module")
-def activated_run(prepared_run, backbone, tmp_path_factory) -> Path:
-    """A run with a small LoRA-activated model; not to be changed."""
-    run = copy_run(prepared_run, tmp_path_factory.mktemp("activated") / "run")
+def make_activated(prepared_run: Path, backbone: Path, folder: Path) -> Path:
+    """A run with a small LoRA-activated model."""
+    run = copy_run(prepared_run, folder)
     quick = {"lora_rank": 4, "epochs": 1, "max_steps": 1, "batch_tokens": 512}
     quick |= {"evaluations": 1, "valid_users": 4, "beam_width": 10}
     aligning = {"backbone": str(backbone), "max_history": 8, "warmup_epochs": 0, "replays": 0}
@@ -66,6 +66,12 @@ def activated_run(prepared_run, backbone, tmp_path_factory) -> Path:
     activating = {"steps_per_user": 1, "thought_tokens": 40, "thoughts": 2}
     activate(run, ActivateRecipe(**(quick | activating)))  # type: ignore[arg-type]
     return run
+
+
+@pytest.fixture(scope="module")
+def activated_run(prepared_run, backbone, tmp_path_factory) -> Path:
+    """A run that thinks; not to be changed."""
+    return make_activated(prepared_run, backbone, tmp_path_factory.mktemp("activated") / "run")
 
 
 def enhanced(activated_run: Path, folder: Path, **settings: object) -> Path:
@@ -178,12 +184,9 @@ class Stopped(Exception):
     """A kill."""
 
 
-@pytest.mark.parametrize("settings", [{"updates_per_rollout": 2}, {"method": "dpo"}])
-def test_a_killed_training_goes_on_as_it_would_have(
-    activated_run, tmp_path, monkeypatch, settings
-) -> None:
+def check_resuming(activated_run: Path, folder: Path, monkeypatch, **settings: object) -> None:
     """Killed in step 4, behind the checkpoint of step 2: all is as if nothing had been."""
-    whole = enhanced(activated_run, tmp_path / "whole", **settings)
+    whole = enhanced(activated_run, folder / "whole", **settings)
     trained = Trainer.training_step
 
     def dying(self, *arguments, **named):
@@ -191,7 +194,7 @@ def test_a_killed_training_goes_on_as_it_would_have(
             raise Stopped
         return trained(self, *arguments, **named)
 
-    run = copy_run(activated_run, tmp_path / "run")
+    run = copy_run(activated_run, folder / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", dying)
         with pytest.raises(Stopped):
@@ -223,8 +226,22 @@ def test_a_killed_training_goes_on_as_it_would_have(
         torch.testing.assert_close(weights, theirs[name], atol=1e-5, rtol=1e-4)
 
 
-def test_grpo_raises_a_reward_that_can_be_raised(activated_run, tmp_path, monkeypatch) -> None:
-    """Planted: of eight words one is worth something. The model comes to say it nearly always."""
+@pytest.mark.parametrize("settings", [{"updates_per_rollout": 2}, {"method": "dpo"}])
+def test_a_killed_training_goes_on_as_it_would_have(
+    activated_run, tmp_path, monkeypatch, settings
+) -> None:
+    check_resuming(activated_run, tmp_path, monkeypatch, **settings)
+
+
+def check_raising(
+    activated_run: Path, folder: Path, monkeypatch, *, rules: tuple, **more: object
+) -> None:
+    """Planted: of eight words one is worth something. The model comes to say it nearly always.
+
+    Args:
+        rules: modules that know which words there are.
+        more: settings.
+    """
     encoder = load_model_folder(activated_run / "model" / "activated").encoder
     names = ("cat", "dog", "red", "blue", "one", "two", "sun", "sea")
     words = [token for name in names for token in encoder.text(f" {name}")]
@@ -238,28 +255,23 @@ def test_grpo_raises_a_reward_that_can_be_raised(activated_run, tmp_path, monkey
     def planted(outcomes, _catalogue):
         return np.array([text.count("cat") for text in outcomes.texts]) / 4
 
-    for module in (think_module, enhance_module):  # what is drawn, and what is trained
+    for module in rules:
         monkeypatch.setattr(module, "text_tokens", few_words)
     monkeypatch.setitem(rewards_module.REWARDS, "planted", planted)
-    run = enhanced(
-        activated_run,
-        tmp_path / "run",
-        rewards=("planted",),
-        reward_weights=(1.0,),
-        thought_tokens=4,
-        samples=8,
-        prompts=2,
-        micro_batch=16,
-        lora_rank=0,
-        lr=1e-2,
-        max_steps=16,
-        evaluations=1,
-    )
+    settings = {"rewards": ("planted",), "reward_weights": (1.0,), "thought_tokens": 4}
+    settings |= {"samples": 8, "prompts": 2, "micro_batch": 16, "lora_rank": 0, "lr": 1e-2}
+    settings |= {"max_steps": 16, "evaluations": 1}
+    run = enhanced(activated_run, folder / "run", **(settings | more))
     rewards = [row["reward"] for row in steps_of(run)]
     assert np.mean(rewards[:3]) < 0.35  # by chance 0.125
     assert np.mean(rewards[-3:]) > 0.8
     kl = [row["kl"] for row in steps_of(run)]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0.1
+
+
+def test_grpo_raises_a_reward_that_can_be_raised(activated_run, tmp_path, monkeypatch) -> None:
+    rules = (think_module, enhance_module)  # what is drawn, and what is trained
+    check_raising(activated_run, tmp_path, monkeypatch, rules=rules)
 
 
 def test_the_item_is_trained_behind_the_thoughts_where_asked(activated_run, tmp_path) -> None:
@@ -328,6 +340,7 @@ def test_no_activated_model(prepared_run, tmp_path) -> None:
         ({"updates_per_rollout": 3}, "updates_per_rollout 3 does not divide the 16 thoughts"),
         ({"micro_batch": 3, "prompts": 5}, "make prompts a multiple"),
         ({"prompts": 64}, "wants 64 prompts and there are 48 training steps"),
+        ({"rollouts": "sglang"}, "rollouts: 'sglang' is none of decoder, vllm"),
         ({"scale_rewards": "all"}, "scale_rewards: 'all' is none of group, batch, none"),
         ({"lora_rank": 8}, "has rank 4 and goes on training; set lora_rank: 4, or 0"),
         ({"kl_weight": -1.0}, "kl_weight must be at least 0"),
@@ -337,6 +350,14 @@ def test_settings_that_cannot_be(activated_run, tmp_path, settings, sentence) ->
     run = copy_run(activated_run, tmp_path / "run")
     with pytest.raises(ValueError, match=sentence):
         enhance(run, make_recipe(**settings))
+    assert not (run / "model" / "enhanced").exists()
+
+
+def test_vllm_is_not_installed(activated_run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sampling_module.importlib.util, "find_spec", lambda _: None)
+    run = copy_run(activated_run, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"needs vLLM; install whyrec\[serve\] for CUDA or"):
+        enhance(run, make_recipe(rollouts="vllm"))
     assert not (run / "model" / "enhanced").exists()
 
 

@@ -45,11 +45,11 @@ def make_roller(extended: Extended, **settings: object) -> Roller:
     )
 
 
-def test_a_group_is_what_one_thought_and_one_beam_at_a_time_give(extended: Extended) -> None:
-    roller = make_roller(extended)
-    chosen = [0, 5, 17, 40]
+def check_groups(extended: Extended, roller: Roller, chosen: list[int], *, seed: int) -> None:
+    """Groups are what one thought and one beam at a time give."""
     decoder = BeamDecoder(extended.model, vocabulary=extended.vocabulary, trie=extended.trie)
-    for number, group in zip(chosen, roller.groups(extended.model, chosen, seed=3), strict=True):
+    groups = roller.groups(extended.model, chosen, seed=seed)
+    for number, group in zip(chosen, groups, strict=True):
         step = roller.steps[number]
         assert group.step == number and group.target == step.target
         assert group.prompt == extended.encoder.thinking_prompt(step.history)
@@ -72,6 +72,10 @@ def test_a_group_is_what_one_thought_and_one_beam_at_a_time_give(extended: Exten
             assert group.rewards["likelihood"][place] == pytest.approx(mean, abs=1e-4)
             expected = rank + 0.5 * group.rewards["likelihood"][place]
             assert group.totals_G[place] == pytest.approx(expected)
+
+
+def test_a_group_is_what_one_thought_and_one_beam_at_a_time_give(extended: Extended) -> None:
+    check_groups(extended, make_roller(extended), [0, 5, 17, 40], seed=3)
 
 
 def test_a_target_that_comes_again_may_be_found(extended: Extended) -> None:

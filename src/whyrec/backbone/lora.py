@@ -4,15 +4,18 @@ PEFT's `trainable_token_indices` keeps the new rows beside the adapter in one fi
 checkpoint is that file, in bf16, beside the backbone that anyone can load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -46,6 +49,36 @@ def add_lora(
 def plain_model(model: nn.Module) -> PreTrainedModel:
     """The causal LM inside a PEFT model; adapters stay active in it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights as the plain causal LM has them with its adapter merged in; one at a time.
+
+    Nothing is changed: PEFT's own merging adds to the weights and takes away again, which leaves a
+    little behind each time.
+
+    Args:
+        model: a causal LM, with or without an adapter in it; tied weights come once.
+    """
+    known: set[int] = set()
+    for name, module in plain_model(model).named_modules():
+        if isinstance(module, TrainableTokensWrapper):
+            known |= {id(weight) for weight in module.parameters()}
+            # A head that is tied to the embedding has no rows of its own.
+            if not module.token_adapter.tied_adapter:
+                yield f"{name}.weight", module.weight
+        elif isinstance(module, LoraLayer):
+            known |= {id(weight) for weight in module.parameters()}
+            base: Any = module.get_base_layer()
+            weight = base.weight
+            for adapter in module.active_adapters:
+                weight = weight + module.get_delta_weight(adapter)
+            yield f"{name}.weight", weight
+            if base.bias is not None:
+                yield f"{name}.bias", base.bias
+    for name, weight in plain_model(model).named_parameters():
+        if id(weight) not in known:
+            yield name, weight
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

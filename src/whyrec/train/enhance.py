@@ -56,6 +56,7 @@ from whyrec.train.preferences import read_preferences, write_preferences
 from whyrec.train.rationales import training_steps
 from whyrec.train.rewards import Catalogue
 from whyrec.train.rollouts import Roller
+from whyrec.train.sampling import VllmSampler
 from whyrec.train.trainer import launched_with_fsdp, processes, say
 from whyrec.train.validation import Validation
 
@@ -115,6 +116,7 @@ def _build(run: Path, recipe: EnhanceRecipe, activated: Settings, folder: Path) 
     parts = _parts(run, recipe, activated)
     trainer, report = _trainer(run, recipe, parts, folder)
     summary = train_best(trainer, folder, start="enhance: the activated model")
+    _let_go(parts.roller)
     if state.is_main_process:
         made = replace(activated, stage="enhanced", thoughts=_thoughts(recipe, activated))
         save_trained(run, folder, adapted=parts.model, tokenizer=parts.tokenizer, settings=made)
@@ -197,6 +199,7 @@ def _trainer(
                 f"an optimizer step wants {recipe.prompts} prompts and there are {steps} training "
                 "steps; lower prompts or raise steps_per_user in the recipe"
             )
+        _let_vllm_think(run, recipe, parts)
         order = _order(steps, recipe)
         return ThoughtGrpoTrainer(
             parts.model,
@@ -211,6 +214,7 @@ def _trainer(
     file = folder / "preferences.parquet"
     model = plain_model(parts.model).eval()
     if not file.exists():
+        _let_vllm_think(run, recipe, parts)
         chosen = np.random.default_rng((recipe.seed, 11)).permutation(steps).tolist()
         write_preferences(
             parts.roller,
@@ -222,6 +226,7 @@ def _trainer(
             file=file,
             state=processes(),
         )
+        _let_go(parts.roller)
     preferences, report = read_preferences(file)
     say(f"enhance: {report['kept']} preferences of {report['drawn']} groups")
     order = _order(len(preferences), recipe)
@@ -239,6 +244,29 @@ def _trainer(
         nll_weight=recipe.nll_weight,
         **common,
     ), report
+
+
+def _let_vllm_think(run: Path, recipe: EnhanceRecipe, parts: _Parts) -> None:
+    """Start vLLM beside the training, where the recipe wants it."""
+    if recipe.rollouts != "vllm":
+        return
+    settings = parts.roller.settings
+    parts.roller.sampler = VllmSampler(
+        run / "model" / "activated",
+        think_end=parts.policy.vocabulary.think_end,
+        samples=settings.samples,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        rows=settings.rows,
+        longest=parts.roller.encoder.longest_prompt(parts.validation.max_history),
+    )
+
+
+def _let_go(roller: Roller) -> None:
+    """End the engine, if there is one: nobody will be rolled out any more."""
+    if roller.sampler is not None:
+        roller.sampler.close()
+        roller.sampler = None
 
 
 def _order(rows: int, recipe: EnhanceRecipe) -> list[int]:

@@ -10,10 +10,12 @@ from whyrec.decode.think import ThoughtSettings
 from whyrec.train.arguments import common_arguments
 from whyrec.train.rewards import check_rewards
 from whyrec.train.rollouts import RolloutSettings
+from whyrec.train.sampling import check_vllm
 from whyrec.train.trainer import processes
 from whyrec.train.validation import METRICS, MODES
 
 _METHODS = ("grpo", "dpo")
+_ROLLOUTS = ("decoder", "vllm")
 _SCALES = ("group", "batch", "none")
 
 
@@ -29,6 +31,8 @@ class EnhanceRecipe:
         samples: thoughts a prompt.
         thought_tokens: budget of a thought, `</think>` included; 0 for the activated model's.
         temperature: of the sampling of rollouts, above 0.
+        rollouts: who samples the thoughts: decoder (ours) or vllm (an engine on the same device,
+            which is given the weights before each rollout; the extra `serve` installs it).
         rollout_width: of the beam behind each thought.
         rollout_rows: thoughts that one process has in memory at once.
         resample_rounds: how often groups whose thoughts all earn the same are drawn again, for
@@ -68,6 +72,7 @@ class EnhanceRecipe:
     samples: int = 16
     thought_tokens: int = 0
     temperature: float = 1.0
+    rollouts: str = "decoder"
     rollout_width: int = 20
     rollout_rows: int = 1024
     resample_rounds: int = 2
@@ -103,6 +108,10 @@ def check_recipe(recipe: EnhanceRecipe) -> None:
     """
     if recipe.method not in _METHODS:
         raise ValueError(f"method: {recipe.method!r} is none of {', '.join(_METHODS)}")
+    if recipe.rollouts not in _ROLLOUTS:
+        raise ValueError(f"rollouts: {recipe.rollouts!r} is none of {', '.join(_ROLLOUTS)}")
+    if recipe.rollouts == "vllm":
+        check_vllm()
     if recipe.scale_rewards not in _SCALES:
         raise ValueError(f"scale_rewards: {recipe.scale_rewards!r} is none of {', '.join(_SCALES)}")
     check_rewards(recipe.rewards, recipe.reward_weights)

@@ -1,7 +1,9 @@
 """Rollouts: G thoughts for each prompt, the exact beam behind each, and what each is worth.
 
 The current model thinks in process (`decode/think.py`): many prompts at once, their keys and values
-shared by their thoughts, and the beam goes on from these. `Roller` is TRL's
+shared by their thoughts, and the beam goes on from these. Or a vLLM engine that is given its
+weights thinks (`sampling.py`), about all prompts at once, and the beam reads prompt and thought
+anew; what follows is the same. `Roller` is TRL's
 `rollout_func(prompts, trainer)`; a prompt is the number of a training step, since prompts are made
 here. A group whose thoughts all earn the same teaches nothing (its advantages are 0): such dead
 groups are counted, logged and drawn again for other training steps (dynamic sampling, DAPO, arXiv
@@ -12,7 +14,7 @@ groups are counted, logged and drawn again for other training steps (dynamic sam
     groups[0].totals_G, groups[0].rewards["prefix"]
 
 What is drawn depends on the seed, the step's number and the optimizer step alone, so that a
-training that was killed goes on as it would have. Rollouts by vLLM are not built yet.
+training that was killed goes on as it would have.
 
 Dimensions: G thoughts of a prompt, R thoughts of a batch, W items of a beam, L levels of a SID.
 """
@@ -27,13 +29,14 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from whyrec.backbone.lora import plain_model
-from whyrec.decode.beam import BeamDecoder
-from whyrec.decode.think import Thinker, Thoughts
+from whyrec.decode.beam import BeamDecoder, Prefilled
+from whyrec.decode.think import Thinker
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.reasoning.asking import Step
 from whyrec.sid.trie import Trie
 from whyrec.train.policy import item_log_probs
 from whyrec.train.rewards import Catalogue, Outcomes, rewards_of, total
+from whyrec.train.sampling import Sampled, VllmSampler, sampled
 
 _SAME = 1e-6  # rewards that differ by less are equal
 
@@ -75,7 +78,7 @@ class Group:
         step: number of the training step.
         prompt: token ids, ending in `<think>`.
         words: by thought, the sampled token ids, with `</think>` where the model closed it.
-        log_probs: of these, by the sampler: over the whole vocabulary.
+        log_probs: of these, by the sampler (`sampling.Sampled`).
         closed_G: whether the model closed the thought.
         items_GW: the beam behind each thought, best first, history excluded; -1 is no item.
         rewards: by name, [G].
@@ -109,6 +112,9 @@ class Roller:
         trie: the catalogue's SIDs.
         catalogue: what rewards know of the items.
         settings: how.
+
+    Attributes:
+        sampler: the vLLM engine that thinks; None where our decoder does.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Roller:
     ) -> None:
         self.steps, self.sequences, self.encoder = steps, sequences, encoder
         self.trie, self.catalogue, self.settings = trie, catalogue, settings
+        self.sampler: VllmSampler | None = None
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's rollout function.
@@ -188,57 +195,86 @@ class Roller:
             rng = np.random.default_rng((seed, again, *share))
             others = rng.integers(len(self.steps), size=len(places)).tolist()
             drawn += len(others)
-            fresh = self.groups(model, others, seed=seed + again + 1)
+            fresh = self._groups(model, others, seed=seed + again + 1)
             for place, group in zip(places, fresh, strict=True):
                 groups[place] = group
         return groups, dead, drawn
 
-    @torch.no_grad()
     def groups(self, model: PreTrainedModel, chosen: Sequence[int], *, seed: int) -> list[Group]:
-        """G thoughts for each of some training steps, in batches of prompts of like lengths."""
-        thinker = Thinker(
-            BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.trie), self.encoder
-        )
+        """G thoughts for each of some training steps."""
+        if self.sampler is not None:
+            self.sampler.load(model)
+        return self._groups(model, chosen, seed=seed)
+
+    @torch.no_grad()
+    def _groups(self, model: PreTrainedModel, chosen: Sequence[int], *, seed: int) -> list[Group]:
+        """The same by weights that the sampler has, in batches of prompts of like lengths."""
+        decoder = BeamDecoder(model, vocabulary=self.encoder.vocabulary, trie=self.trie)
         steps = [self.steps[n] for n in chosen]
         prompts = [self.encoder.thinking_prompt(step.history, own=step.own) for step in steps]
+        samples = self.settings.samples
+        ahead = None
+        if self.sampler is not None:
+            ahead = self.sampler.sample(prompts, seed=seed, keys=chosen)
         order = sorted(range(len(chosen)), key=lambda place: -len(prompts[place]))
-        many = max(self.settings.rows // self.settings.samples, 1)
+        many = max(self.settings.rows // samples, 1)
         found: dict[int, Group] = {}
         for start in range(0, len(order), many):
             places = order[start : start + many]
-            batch = self._batch(
-                thinker,
-                [chosen[place] for place in places],
-                [prompts[place] for place in places],
-                seed,
-            )
+            of_batch = [chosen[place] for place in places]
+            asked = [prompts[place] for place in places]
+            if ahead is None:
+                thoughts, prefilled = self._think(decoder, of_batch, asked, seed)
+            else:
+                thoughts = ahead.of(places, samples=samples)
+                prefilled = self._read(decoder, asked, thoughts)
+            batch = self._rewarded(decoder, of_batch, asked, thoughts, prefilled)
             found |= dict(zip(places, batch, strict=True))
         return [found[place] for place in range(len(chosen))]
 
-    def _batch(
-        self, thinker: Thinker, chosen: list[int], prompts: list[list[int]], seed: int
-    ) -> list[Group]:
-        settings, decoder = self.settings, thinker.decoder
-        many = settings.samples
+    def _think(
+        self, decoder: BeamDecoder, chosen: list[int], prompts: list[list[int]], seed: int
+    ) -> tuple[Sampled, Prefilled]:
+        """Thoughts by our decoder, and the state of the model behind each, ready for a SID."""
+        settings, thinker = self.settings, Thinker(decoder, self.encoder)
         thoughts = thinker.think(
             prompts,
-            samples=many,
+            samples=settings.samples,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=seed,
             keys=chosen,
         )
+        return sampled(thoughts), thinker.answer(thoughts, width=settings.width)
+
+    def _read(self, decoder: BeamDecoder, prompts: list[list[int]], thoughts: Sampled) -> Prefilled:
+        """The same state behind thoughts that somebody else has had."""
+        vocabulary, many = self.encoder.vocabulary, self.settings.samples
+        rows = [
+            [*prompts[row // many], *bare, vocabulary.think_end, vocabulary.begin]
+            for row, bare in enumerate(thoughts.bare)
+        ]
+        return decoder.prefill(rows, width=self.settings.width)
+
+    def _rewarded(
+        self,
+        decoder: BeamDecoder,
+        chosen: list[int],
+        prompts: list[list[int]],
+        thoughts: Sampled,
+        prefilled: Prefilled,
+    ) -> list[Group]:
+        """The beam behind each thought, and what came of it."""
+        settings = self.settings
+        many = settings.samples
         steps = [self.steps[n] for n in chosen for _ in range(many)]
-        prefilled = thinker.answer(thoughts, width=settings.width)
         beams = decoder.search(
             prefilled, width=settings.width, excluded=[self._excluded(step) for step in steps]
         )
         targets_R = np.array([step.target for step in steps])
         codes_RL = torch.from_numpy(self.catalogue.codes_NL[targets_R]).to(decoder.device)
         target_scores_R = item_log_probs(decoder, prefilled, codes_RL)
-        words, log_probs = _sampled(thoughts)
-        closed_R = thoughts.closed_UG.flatten().cpu().numpy()
-        bare = [ids[:-1] if closed else ids for ids, closed in zip(words, closed_R, strict=True)]
+        bare = thoughts.bare
         outcomes = Outcomes(
             items_RW=beams.items_UW.cpu().numpy(),
             scores_RW=beams.scores_UW.float().cpu().numpy(),
@@ -246,7 +282,7 @@ class Roller:
             target_scores_R=target_scores_R.sum(1).cpu().numpy(),
             texts=self.encoder.tokenizer.batch_decode(bare),
             tokens_R=np.array([len(ids) for ids in bare]),
-            closed_R=closed_R,
+            closed_R=thoughts.closed_R,
             histories=[step.history for step in steps],
             max_tokens=settings.max_tokens,
         )
@@ -256,9 +292,9 @@ class Roller:
             Group(
                 step,
                 prompts[place],
-                words[rows],
-                log_probs[rows],
-                closed_R[rows],
+                thoughts.words[rows],
+                thoughts.log_probs[rows],
+                thoughts.closed_R[rows],
                 outcomes.items_RW[rows],
                 {name: values[rows] for name, values in rewards.items()},
                 totals_R[rows],
@@ -293,18 +329,6 @@ class Roller:
             "legal": float((items >= 0).mean()),
             "target_in_beam": float((items == targets[:, None]).any(1).mean()),
         }
-
-
-def _sampled(thoughts: Thoughts) -> tuple[list[list[int]], list[list[float]]]:
-    """Sampled tokens of R thoughts, `</think>` included, and their log-probabilities."""
-    ids_RT = thoughts.ids_UGT.flatten(0, 1).cpu().numpy()
-    log_probs_RT = thoughts.log_probs_UGT.flatten(0, 1).float().cpu().numpy()
-    lengths_R = (ids_RT >= 0).sum(1)
-    rows = list(zip(ids_RT, log_probs_RT, lengths_R, strict=True))
-    return (
-        [ids_T[:length].tolist() for ids_T, _, length in rows],
-        [log_probs_T[:length].tolist() for _, log_probs_T, length in rows],
-    )
 
 
 def _dead_shares(groups: Sequence[Group], dead: Sequence[bool], drawn: int) -> dict[str, float]:
