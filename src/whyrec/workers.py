@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 _BATCH, _MOST = 128, 16
+_LEAST = 500  # numbers that are worth a process, which starts in about a tenth of a second
 
 
 class _Calls(Dataset[Any]):
@@ -25,19 +26,16 @@ class _Calls(Dataset[Any]):
         return self.function(index)
 
 
-def in_processes(
-    function: Callable[[int], T], count: int, *, least: int = 500, progress: str = ""
-) -> list[T]:
+def in_processes(function: Callable[[int], T], count: int, *, progress: str = "") -> list[T]:
     """`[function(0), …, function(count - 1)]`.
 
     Args:
         function: of a number; what it reads is shared with the processes as it is now, what it
             writes is lost. It must not touch a GPU.
         count: how many numbers.
-        least: numbers that are worth a process; it starts in about a tenth of a second.
         progress: a label for the progress bar; none is shown when it is empty.
     """
-    workers = min((os.cpu_count() or 1) // 2, count // least, _MOST)
+    workers = min((os.cpu_count() or 1) // 2, count // _LEAST, _MOST)
     bar = tqdm(total=count, desc=progress, disable=not progress, file=sys.stderr)
     found: list[T] = []
     if workers < 2:

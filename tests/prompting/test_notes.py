@@ -48,12 +48,12 @@ def test_a_digit_tells_how_strong_the_ties_are_where_that_changes(extended: Exte
     often, once = [[0, 1]] * 16 + [[0, 2]] * 16, [[0, 5], [6, 7], [7, 8]]
     visits = CoVisits.count([np.array(s, np.int32) for s in often + once], num_items=NUM_ITEMS)
     notes = Notes(1, 3, visits, grades=True)
-    (near,) = notes.near([0], None)
+    (near,) = notes.graded([0], None)
     assert [item for item, _ in near] == [1, 2, 5]
     strong, same, weak = (grade for _, grade in near)
     assert 0 <= weak < strong == same <= 9
     # A step of one grade is a factor of √2; 7 is the median of items' best neighbours.
-    ((_, scores),) = visits.scored_neighbours([0], k=3)
+    ((_, scores),) = visits.neighbours([0], k=3)
     for grade, score in zip((strong, weak), (scores[0], scores[2]), strict=True):
         low = visits.typical_best() * 2 ** ((grade - 7) / 2)
         assert grade in (0, 9) or low <= score < low * 2**0.5

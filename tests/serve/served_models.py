@@ -2,11 +2,13 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedTokenizerBase
 
 from conftest import LEVEL_SIZES, make_model
@@ -63,6 +65,31 @@ def one_llm(folder: Path) -> Any:
     from vllm import LLM
 
     return LLM(**engine_settings(folder))
+
+
+@contextmanager
+def started_client(run: Callable[[Any], Any], folder: Path, **more: Any) -> Iterator[Any]:
+    """vLLM's asynchronous client, with its engine in another process.
+
+    Args:
+        run: of the event loop that the client shall belong to.
+        folder: the model's.
+        more: as for `engine_settings`.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_settings(folder, **more)))
+
+        client = run(start())
+        yield client
+        client.shutdown()
 
 
 def one_served(run: Path, tokenizer: PreTrainedTokenizerBase) -> Path:

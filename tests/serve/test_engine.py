@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served_models import engine_settings, one_served
+from served_models import one_served, started_client
 
 from whyrec import Recommender
 from whyrec.decode.permitted import Rule
@@ -39,21 +39,8 @@ def recommender(served_folder: Path) -> Recommender:
 
 @pytest.fixture(scope="module")
 def client(run: Run, served_folder: Path) -> Iterator[Any]:
-    """vLLM's asynchronous client, with its engine in another process."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-        async def start() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_settings(served_folder)))
-
-        client = run(start())
+    with started_client(run, served_folder) as client:
         yield client
-        client.shutdown()
 
 
 @pytest.fixture(scope="module")

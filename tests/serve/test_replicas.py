@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from served_models import engine_settings, one_served, sids_in
+from served_models import one_served, sids_in, started_client
 
 from whyrec import Recommender
 from whyrec.sid.trie import Trie
@@ -37,21 +37,8 @@ def recommender(served_folder: Path) -> Recommender:
 
 @pytest.fixture(scope="module")
 def client(run: Run, served_folder: Path) -> Iterator[Any]:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        settings = engine_settings(served_folder, data_parallel_size=2)
-
-        async def start() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
-
-        client = run(start())
+    with started_client(run, served_folder, data_parallel_size=2) as client:
         yield client
-        client.shutdown()
 
 
 @pytest.fixture(scope="module")

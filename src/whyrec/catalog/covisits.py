@@ -91,28 +91,6 @@ class CoVisits:
         last: int | None = None,
         decay: float = 0.0,
         damping: float = 0.5,
-    ) -> list[list[int]]:
-        """`scored_neighbours` without their scores.
-
-        Example:
-            >>> visits = CoVisits.count([np.array([0, 1]), np.array([0, 1, 2])], num_items=3)
-            >>> visits.neighbours([0], k=2)
-            [[1, 2]]
-        """
-        found = self.scored_neighbours(
-            history, k=k, own=own, last=last, decay=decay, damping=damping
-        )
-        return [items.tolist() for items, _ in found]
-
-    def scored_neighbours(
-        self,
-        history: Sequence[int],
-        *,
-        k: int,
-        own: Sequence[int] | np.ndarray | None = None,
-        last: int | None = None,
-        decay: float = 0.0,
-        damping: float = 0.5,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each event of a history the items that others chose near it, best first.
 
@@ -130,6 +108,11 @@ class CoVisits:
         Returns:
             Items and scores for each of those events; fewer than k where few items were ever near,
             none for items that are newer than the counts.
+
+        Example:
+            >>> visits = CoVisits.count([np.array([0, 1]), np.array([0, 1, 2])], num_items=3)
+            >>> [items.tolist() for items, _ in visits.neighbours([0], k=2)]
+            [[1, 2]]
         """
         history_H = np.asarray(history, dtype=np.int64)
         own_H = history_H if own is None else np.asarray(own, dtype=np.int64)

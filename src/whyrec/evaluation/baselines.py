@@ -30,6 +30,7 @@ from whyrec.evaluation.metrics import ranking_metrics
 ScoreFn = Callable[[Sequence[np.ndarray]], np.ndarray]
 _DECAYS, _DAMPINGS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0.0, 0.25, 0.5)
 _TUNED_ON = 4000
+_LAST = 10  # of the newest history items
 
 
 def rank(
@@ -106,7 +107,7 @@ def co_visitation(
     backward: float = BACKWARD,
     decay: float = 0.7,
     damping: float = 0.5,
-    last: int = 10,
+    last: int = _LAST,
 ) -> ScoreFn:
     """Score items by how often they stood near the history's last items in training sequences.
 
@@ -118,9 +119,28 @@ def co_visitation(
         damping: power of a candidate's training events that its score is divided by.
         last: how many of the newest history items are looked at.
     """
+    counted = _counted(dataset, window=window, backward=backward)
+    return _by_company(*counted, decay=decay, damping=damping, last=last)
+
+
+def _counted(
+    dataset: Dataset, *, window: int = WINDOW, backward: float = BACKWARD
+) -> tuple[np.ndarray, sparse.csr_array]:
+    """Training events of each item [N], and how often items stood near each other [N, N]."""
     sequences, num_items = dataset.training_sequences(), len(dataset.items)
     counts_N = event_counts(sequences, num_items=num_items)
-    neighbours_NN = pair_counts(sequences, num_items=num_items, window=window, backward=backward)
+    return counts_N, pair_counts(sequences, num_items=num_items, window=window, backward=backward)
+
+
+def _by_company(
+    counts_N: np.ndarray,
+    neighbours_NN: sparse.csr_array,
+    *,
+    decay: float,
+    damping: float,
+    last: int = _LAST,
+) -> ScoreFn:
+    num_items = len(counts_N)
     damped_N = (counts_N + 1) ** -damping  # + 1: an item seen once or twice is no safe bet
     table_NN = (neighbours_NN @ sparse.diags_array(damped_N)).tocsr()
 
@@ -143,9 +163,10 @@ def tuned_co_visitation(dataset: Dataset, *, users: int = _TUNED_ON) -> ScoreFn:
         users: validation users that choose, a fixed random subset; 0 for all.
     """
     examples = dataset.examples("valid").at_most(users)
+    counted = _counted(dataset)
 
     def reached(setting: tuple[float, float]) -> float:
-        score = co_visitation(dataset, decay=setting[0], damping=setting[1])
+        score = _by_company(*counted, decay=setting[0], damping=setting[1])
         ranked_EK = rank(score, examples, k=10, exclude_history=True)
         found = ranking_metrics(ranked_EK, examples.targets_E, cutoffs=(10,))
         return float(found["N@10"].mean())
@@ -154,4 +175,4 @@ def tuned_co_visitation(dataset: Dataset, *, users: int = _TUNED_ON) -> ScoreFn:
         return co_visitation(dataset)
     decay, damping = max(itertools.product(_DECAYS, _DAMPINGS), key=reached)
     print(f"co-visitation, tuned: decay {decay}, damping {damping}", file=sys.stderr)
-    return co_visitation(dataset, decay=decay, damping=damping)
+    return _by_company(*counted, decay=decay, damping=damping)

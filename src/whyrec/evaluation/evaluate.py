@@ -110,9 +110,9 @@ def evaluate(
     if think != "off":
         settings = thought_settings(recommender, samples=thoughts, temperature=temperature)
     seed = _seed(model)
-    start = time.perf_counter()
     rows: dict[str, dict[str, Ranking]] = {}
     extra: dict[str, float] = {}
+    start = time.perf_counter()
     if think != "on":
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
         extra["evaluate/seconds"] = time.perf_counter() - start
@@ -151,11 +151,12 @@ def evaluate(
     counts = None
     if prior_weight is not None or sasrec_recipe is not None:
         counts = baselines.tuned_co_visitation(dataset)
-    if prior_weight == "auto":
-        assert counts is not None
-        prior_weight = _chosen_weight(recommender, dataset, run, counts, beams=beams, users=users)
     if prior_weight is not None:
         assert counts is not None
+        if prior_weight == "auto":
+            prior_weight = _chosen_weight(
+                recommender, dataset, run, counts, beams=beams, users=users
+            )
         extra["prior/weight"] = prior_weight
         for name, ranking in rows["whyrec"].items():
             mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
@@ -238,16 +239,19 @@ def _gains_over(
     split: str,
 ) -> dict[str, float]:
     """Gains of our rows over those of another model, which thinks as it has learnt to, or not."""
-    thinks = other.settings.thoughts is not None
-    plain = _rank(other, examples, beams=beams, split=split)
-    theirs = {"whyrec": plain["excluded"]}
-    if thinks and "whyrec-think" in rows:
+    theirs: dict[str, Ranking] = {}
+    thinks = other.settings.thoughts is not None and "whyrec-think" in rows
+    if "whyrec" in rows or not thinks:
+        plain = _rank(other, examples, beams=beams, split=split)
+        theirs["whyrec"] = plain["excluded"]
+    if thinks:
         thinking = rank_after_thinking(
             other, examples, beams=beams, split=split, settings=other.thoughts
         )
-        fused = fused_rankings(plain, thinking, beams=beams)
-        theirs |= {"whyrec-think": thinking.rankings["excluded"]}
-        theirs |= {"whyrec-fused": fused["excluded"]}
+        theirs["whyrec-think"] = thinking.rankings["excluded"]
+        if "whyrec-fused" in rows:
+            fused = fused_rankings(plain, thinking, beams=beams)
+            theirs["whyrec-fused"] = fused["excluded"]
     ours = {name: by_history["excluded"] for name, by_history in rows.items()}
     return model_gains(ours, theirs, examples.targets_E)
 

@@ -147,7 +147,7 @@ def model_gains(
     """
     figures: dict[str, float] = {}
     for row, ranking in ours.items():
-        other = theirs.get(row, theirs["whyrec"])
+        other = theirs[row if row in theirs else "whyrec"]
         base = ranking_metrics(other.items_EW, targets_E, cutoffs=(5, 10))
         found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(5, 10))
         for metric in ("R@5", "R@10", "N@5", "N@10"):

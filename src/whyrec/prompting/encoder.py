@@ -117,25 +117,33 @@ class PromptEncoder:
         if self.notes is None:
             return [(self._item_ids[item], True) for item in items]
         begin, parts = [self.vocabulary.begin], list[tuple[list[int], bool]]()
-        near = self.notes.near(items, own)
+        near = self._neighbours(items, own)
         silent = len(items) - len(near)
         for place, item in enumerate(items):
             parts += [(begin, False), (self._item_ids[item], True)]
             if place >= silent:
-                note = self._neighbours(near[place - silent])
-                parts.append((note + self._note(item), False))
+                parts.append((near[place - silent] + self._note(item), False))
         return parts
 
-    def _neighbours(self, near: Sequence[tuple[int, int]]) -> list[int]:
+    def _neighbours(
+        self, items: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[list[int]]:
+        """By noted event, its neighbours as a note holds them."""
         assert self.notes is not None
-        note: list[int] = []
-        last = -1
-        for item, grade in near:
-            if self.notes.grades and grade != last:
-                note += self._digits[grade]
+        if not self.notes.grades:
+            return [
+                [token for other in near for token in self._item_ids[other]]
+                for near in self.notes.near(items, own)
+            ]
+        noted: list[list[int]] = []
+        for near in self.notes.graded(items, own):
+            noted.append([])
+            last = None
+            for other, grade in near:
+                noted[-1] += [] if grade == last else self._digits[grade]
+                noted[-1] += self._item_ids[other]
                 last = grade
-            note += self._item_ids[item]
-        return note
+        return noted
 
     def history_tokens(self, num_items: int) -> int:
         """Tokens of a history of so many items at most."""

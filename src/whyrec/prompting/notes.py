@@ -28,7 +28,7 @@ class Notes:
         events: how many of the newest events carry notes.
         neighbours: of an event, at most.
         visits: where neighbours are looked up; None where there are to be none.
-        decay, damping: how neighbours are scored; see `CoVisits.scored_neighbours`.
+        decay, damping: how neighbours are scored; see `CoVisits.neighbours`.
         grades: tell how strong the tie is, by a digit before each neighbour whose grade is another
             than the last one's.
         text_tokens: of an event's text, at most.
@@ -46,15 +46,29 @@ class Notes:
 
     def near(
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[list[int]]:
+        """The neighbours of a history's noted events, oldest first; see `CoVisits.neighbours`."""
+        return [items.tolist() for items, _ in self._scored(history, own)]
+
+    def graded(
+        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
     ) -> list[list[tuple[int, int]]]:
-        """The neighbours of a history's noted events, oldest first, and the grade of each.
+        """The same, with the grade of each.
 
         A grade is a number from 0 to 9, a step for each factor of √2, and 7 for what is typical of
-        an item's best neighbour. See `CoVisits.scored_neighbours`.
+        an item's best neighbour.
         """
+        return [
+            list(zip(items.tolist(), self._grades(scores).tolist(), strict=True))
+            for items, scores in self._scored(history, own)
+        ]
+
+    def _scored(
+        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         if self.visits is None or not self.neighbours:
-            return [[]] * min(self.events, len(history))
-        found = self.visits.scored_neighbours(
+            return [(np.empty(0, np.int64), np.empty(0))] * min(self.events, len(history))
+        return self.visits.neighbours(
             history,
             k=self.neighbours,
             own=own,
@@ -62,10 +76,6 @@ class Notes:
             decay=self.decay,
             damping=self.damping,
         )
-        return [
-            list(zip(items.tolist(), self._grades(scores).tolist(), strict=True))
-            for items, scores in found
-        ]
 
     def _grades(self, scores: np.ndarray) -> np.ndarray:
         return np.clip(np.floor(2 * np.log2(scores / self._typical)) + 7, 0, 9).astype(int)

@@ -16,17 +16,17 @@ told.
     rationale = writer.write(history, target, user=3, position=17)
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from whyrec.catalog.dataset import Item
-from whyrec.reasoning.facts import Fact, FactBook, leading_facts, shared_facts, turn
+from whyrec.reasoning.facts import Fact, FactBook, Kind, leading_facts, shared_facts, turn
 from whyrec.reasoning.pruning import prune
 from whyrec.reasoning.titles import title_words, words_of
-from whyrec.reasoning.wording import Clause, Wording, packaged_wording
+from whyrec.reasoning.wording import TAILS, Clause, Wording, packaged_wording
 
 SPECIFICITIES = ("broad", "category", "supported", "full", "expected")
 Near = Callable[[Sequence[int], Sequence[int]], list[list[tuple[int, int]]]]
@@ -104,7 +104,7 @@ class GroundedWriter:
         seed: of the paraphrases and of `announce`.
         wording: the words; the packaged ones when None.
         near: the neighbours in a history's notes, given the user's own sequence, and their grades;
-            see `Notes.near`. None where prompts hold none.
+            see `Notes.graded`. None where prompts hold none.
     """
 
     def __init__(
@@ -204,37 +204,40 @@ class GroundedWriter:
 
     def expect(self, history: Sequence[int], own: Sequence[int]) -> list[Fact]:
         """What most of a history's neighbours are: categories as far as they agree, brand, era."""
-        book, votes = self.book, Counter[int]()
+        book, votes = self.book, defaultdict[int, float](float)
         noted = self.near(history, own) if self.near is not None else []
         for age, near in enumerate(reversed(noted)):
             for item, grade in near:
-                votes[item] += _VOTE_DECAY**age * (1 + grade)  # type: ignore[assignment]
+                votes[item] += _VOTE_DECAY**age * (1 + grade)
         if not votes:
             for age, item in enumerate(reversed(history)):
-                votes[item] += _VOTE_DECAY**age  # type: ignore[assignment]
+                votes[item] += _VOTE_DECAY**age
         total, expected = sum(votes.values()), list[Fact]()
 
-        def narrow(kinds: Sequence[str], least: float) -> bool:
+        def narrow(kind: Kind, least: float) -> bool:
             """Add what most of those agree on that bear all that is expected so far."""
-            weight = Counter[Fact]()
+            weight = defaultdict[Fact, float](float)
             for item, vote in votes.items():
-                row = [f for f in book.of(item) if book.says_something(f) and f.kind in kinds]
-                if book.is_path and kinds[0] == "category":
+                row = [f for f in book.of(item) if book.says_something(f) and f.kind == kind]
+                if book.is_path and kind == "category":
                     row = row[len(expected) : len(expected) + 1]
-                weight.update({f: vote for f in row if f not in expected})  # type: ignore[dict-item]
-            if not weight or weight.most_common(1)[0][1] < least * total:
+                for fact in row:
+                    if fact not in expected:
+                        weight[fact] += vote
+            best = max(weight, key=lambda fact: weight[fact], default=None)
+            if best is None or weight[best] < least * total:
                 return False
-            expected.append(weight.most_common(1)[0][0])
-            for item in [item for item in votes if expected[-1] not in book.of(item)]:
+            expected.append(best)
+            for item in [item for item in votes if best not in book.of(item)]:
                 del votes[item]
             return True
 
-        narrow(["category"], 0.0)
-        while len(expected) < _MOST_EXPECTED and narrow(["category"], _CATEGORY_SHARE):
+        narrow("category", 0.0)
+        while len(expected) < _MOST_EXPECTED and narrow("category", _CATEGORY_SHARE):
             pass
         expected.sort(key=book.narrowness)
-        for kind in ("series", "brand", "era"):
-            narrow([kind], _TAIL_SHARE)
+        for kind in TAILS:
+            narrow(kind, _TAIL_SHARE)
         return expected
 
     def _way(self, clause: Clause, rng: np.random.Generator) -> int:

@@ -18,7 +18,7 @@ from whyrec.prompting.templates import load_templates
 from whyrec.reasoning.facts import Fact, FactBook, Kind
 
 Clause = Literal["evidence", "jump", "turn", "next"]
-_TAILS: tuple[Kind, ...] = ("series", "brand", "era")
+TAILS: tuple[Kind, ...] = ("series", "brand", "era")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Wording:
             self._clauses[clause] = [(cue, end) for cue, end in parts]
         self._list, self._nothing = templates["list"], templates["nothing"]
         self._separators = {True: templates["path"], False: templates["equals"]}
-        self._tails = {kind: templates["tails"][kind].split("{name}") for kind in _TAILS}
+        self._tails = {kind: templates["tails"][kind].split("{name}") for kind in TAILS}
         cues = [cue for parts in self._clauses.values() for cue, _ in parts]
         assert not any(a in b for a in cues for b in cues if a is not b), cues
         self._cue_clause = {
@@ -81,7 +81,7 @@ class Wording:
         categories = [fact.name for fact in facts if fact.kind == "category"]
         said = self._separators[book.is_path].join(categories) or self._nothing
         by_kind = {fact.kind: fact.name for fact in facts}
-        for kind in _TAILS:
+        for kind in TAILS:
             if kind in by_kind:
                 said += by_kind[kind].join(self._tails[kind])
         return cue + said + end
@@ -146,7 +146,7 @@ class Wording:
         self, text: str, start: int, stop: int, clause: Clause, book: FactBook
     ) -> list[Claim]:
         claims: list[Claim] = []
-        for kind in reversed(_TAILS):
+        for kind in reversed(TAILS):
             found = self._find_tail(text, start, stop, kind, book)
             if found is not None:
                 a, b, stop = found

@@ -201,7 +201,7 @@ def _write(
             vectors_ND=vectors_ND,
             settings=writing.grounded,
             seed=writing.seed,
-            near=encoder.notes.near if encoder.notes else None,
+            near=encoder.notes.graded if encoder.notes else None,
         )
 
         def write(n: int) -> str | None:
