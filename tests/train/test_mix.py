@@ -29,6 +29,7 @@ def make_mix(
     jitter_events: float = 0.0,
     withheld: float = 0.0,
     replies: list[tuple[str, str]] | None = None,
+    replays: int | None = None,
     epochs: int = 2,
     seed: int = 0,
 ) -> AlignmentMix:
@@ -37,7 +38,9 @@ def make_mix(
         items=extended.dataset.items,
         sequences=extended.dataset.training_sequences() if sequences is None else sequences,
         replies=replies or [],
-        sizes=MixSizes(captions, personas, max_history, drop_events, jitter_events, withheld),
+        sizes=MixSizes(
+            captions, personas, max_history, drop_events, jitter_events, withheld, replays
+        ),
         epochs=epochs,
         seed=seed,
     )
@@ -318,3 +321,20 @@ def test_notes_are_shown_and_never_trained(
             starts = first <= label < first + extended.vocabulary.level_sizes[0]
             # Every event, the next one too, is predicted in the same place: after the bracket.
             assert not starts or example["input_ids"][place - 1] == begin
+
+
+@settings(max_examples=40, deadline=None)
+@given(there=st.integers(0, 7), every=st.integers(0, 9), epochs=st.integers(1, 4))
+def test_replays_go_through_all_conversations_in_turn(
+    extended: Extended, there: int, every: int, epochs: int
+) -> None:
+    replies = [(f"Question {n}?", f"Answer {n}.") for n in range(there)]
+    mix = make_mix(extended, replies=replies, replays=every, epochs=epochs)
+    by_epoch = [
+        [text_of(extended, wanted(mix[i])) for i in epoch if mix._plan[i][0] == "replay"]
+        for epoch in epochs_of(mix)
+    ]
+    assert all(len(said) == len(set(said)) == min(every, there) for said in by_epoch)
+    counts = Counter(answer for said in by_epoch for answer in said)
+    assert not counts or len(counts) == min(there, sum(map(len, by_epoch)))
+    assert not counts or max(counts.values()) - min(counts.values()) <= 1

@@ -104,7 +104,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         replies = own_conversations(
             model.to(state.device),
             tokenizer,
-            count=recipe.replays,
+            count=recipe.replays * (recipe.epochs if recipe.fresh_replays else 1),
             max_tokens=recipe.replay_tokens,
             seed=recipe.seed,
             cache=folder / ".replies.json",
@@ -161,6 +161,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 recipe.drop_events,
                 recipe.jitter_events,
                 recipe.withheld,
+                recipe.replays,
             ),
             epochs=settings.pop("epochs"),
             seed=recipe.seed,

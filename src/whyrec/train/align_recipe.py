@@ -42,6 +42,8 @@ class AlignRecipe:
         withheld: share of the items whose text is never shown, to test captions on.
         replays: conversations of the backbone itself, replayed each epoch; beyond the packaged
             prompts it makes up the questions too.
+        fresh_replays: other conversations each epoch, so that what is kept is the language and not
+            these very replies; epochs times as many are made up.
         replay_tokens: tokens of a replayed reply at most.
         evaluations: validations during the mix.
         valid_users: validation users at most; 0 for all.
@@ -83,6 +85,7 @@ class AlignRecipe:
     withheld: float = 0.0
     replays: int = 64
     replay_tokens: int = 64
+    fresh_replays: bool = False
     evaluations: int = 10
     valid_users: int = 1000
     beam_width: int = 20

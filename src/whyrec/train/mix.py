@@ -8,7 +8,7 @@ Tasks (OneRec-Think, arXiv 2510.11639, §3.1):
   one another, as counts of co-visitation do, and never the same example twice.
 * caption and lookup: SID → text and text → SID.
 * persona: a user's story, SIDs beside titles and categories.
-* replay: general prompts with the backbone's own replies.
+* replay: general prompts with the backbone's own replies, others each epoch while there are any.
 
 Everything is drawn from (seed, epoch, index) alone, so that a resumed run and a run on several
 processes see the very same examples in the same order.
@@ -41,6 +41,7 @@ class MixSizes:
         jitter_events: how many places events may change against each other, at most; an order
             that is drawn anew each epoch, and how much it may change too.
         withheld: share of the items whose text is never shown (`catalog/withheld.py`).
+        replays: replies of the backbone that are replayed in an epoch; all of them when None.
     """
 
     captions: float
@@ -49,6 +50,7 @@ class MixSizes:
     drop_events: float = 0.0
     jitter_events: float = 0.0
     withheld: float = 0.0
+    replays: int | None = None
 
 
 class AlignmentMix:
@@ -174,7 +176,9 @@ class AlignmentMix:
             plan += [(task, int(item), 0) for item in chosen]
         told = round(self.sizes.personas * len(self._stories))
         plan += [("persona", int(user), 0) for user in rng.permutation(len(self._stories))[:told]]
-        plan += [("replay", reply, 0) for reply in range(len(self.replies))]
+        there = len(self.replies)
+        every = there if self.sizes.replays is None else min(self.sizes.replays, there)
+        plan += [("replay", (epoch * every + n) % there, 0) for n in range(every)]
         return plan
 
     def _window(self, index: int) -> np.ndarray:

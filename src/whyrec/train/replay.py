@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from whyrec.prompting.templates import load_templates
 from whyrec.stage import write_json
 
-_BATCH = {"cpu": 32, "cuda": 256}
+_BATCH = {"cpu": 32, "cuda": 1024}
 _QUESTION_TOKENS = 64
 _SENTINEL = "\x1a"
 
@@ -104,13 +104,18 @@ def own_replies(
     max_tokens: int,
 ) -> list[str]:
     """The backbone's greedy reply to each prompt."""
-    replies: list[str] = []
+    replies = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # little padding
     size = _BATCH[model.device.type]
     starts = range(0, len(prompts), size)
     for start in tqdm(starts, desc="replies to replay", unit="batch", file=sys.stderr):
-        texts = [_chat(tokenizer, prompt) for prompt in prompts[start : start + size]]
+        batch = order[start : start + size]
+        texts = [_chat(tokenizer, prompts[n]) for n in batch]
         new_BT = _generate(model, tokenizer, texts, max_tokens)
-        replies += tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        for n, reply in zip(
+            batch, tokenizer.batch_decode(new_BT, skip_special_tokens=True), strict=True
+        ):
+            replies[n] = reply
     return replies
 
 
