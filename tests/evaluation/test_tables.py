@@ -180,3 +180,21 @@ def test_the_published_rows_that_ship_are_sound() -> None:
             for cutoff in (5, 10):  # N@k <= R@k for a single target
                 if {f"N@{cutoff}", f"R@{cutoff}"} <= set(found):
                     assert found[f"N@{cutoff}"] <= found[f"R@{cutoff}"]
+
+
+def test_rows_that_are_no_seeds_stand_each_by_itself(home: Path) -> None:
+    folder = home / "eval" / "results" / "toy" / "rows"
+    for number, (n10, ratio) in enumerate([(0.1, None), (0.3, 1.084), (0.2, 50.0)]):
+        figures = {f"whyrec/valid/excluded/{m}": n10 for m in ("R@5", "R@10", "N@5", "N@10")}
+        write(folder, number, figures | ({"language/perplexity_ratio": ratio} if ratio else {}))
+        path = folder / f"seed-{number}.json"
+        entry = json.loads(path.read_text()) | {"name": f"row-{number} valid", "seed": 0}
+        path.write_text(json.dumps(entry))
+    readme = home / "README.md"
+    readme.write_text("<!-- table:toy/rows each -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 0
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("| row")]
+    assert [row.split(" | ")[0] for row in rows] == ["| row 1", "| row 2", "| row 0"]
+    assert rows[0].endswith("| .3000 | × 1.08 |") and rows[2].endswith("| .1000 | – |")
+    readme.write_text("<!-- table:trie each -->\n<!-- /table -->\n")
+    assert tables.main([str(readme)]) == 2

@@ -289,6 +289,13 @@ def test_the_item_is_trained_behind_the_thoughts_where_asked(activated_run, tmp_
     assert "item_nll" not in others[0] and "kl" not in others[0]
 
 
+def test_preferences_are_sampled_for_as_many_steps_as_the_recipe_says(
+    activated_run, tmp_path
+) -> None:
+    run = enhanced(activated_run, tmp_path / "run", method="dpo", preferences=12, max_steps=1)
+    assert summary_of(run)["preferences"]["kept"] == 12  # of 48
+
+
 def test_dpo_makes_the_chosen_more_likely_than_the_rejected(activated_run, tmp_path) -> None:
     run = enhanced(
         activated_run, tmp_path / "run", method="dpo", lora_rank=0, epochs=2, max_steps=20

@@ -14,7 +14,9 @@ blanks between them:
 
 * figure keys, `<!-- table:beam beam_cpu/1/ours_s -->`: those alone, in that order;
 * `published:NAME`, `<!-- table:beauty published:beauty -->`: the rows of
-  `eval/published/NAME.json` below ours, in the same ranking table.
+  `eval/published/NAME.json` below ours, in the same ranking table;
+* `each`, `<!-- table:beauty/ablation each -->`: the records are no seeds of one run but one row
+  each, such as an ablation's: our model on validation, history excluded, the best first.
 """
 
 import argparse
@@ -85,6 +87,30 @@ def render(records: Sequence[Mapping], published: Mapping | None = None) -> str:
     return f"{table}\n{_provenance(records)}\n"
 
 
+def render_each(records: Sequence[Mapping]) -> str:
+    """A table with one row a record: validation figures, and language kept where it is known.
+
+    Raises:
+        ValueError: when a record has no validation figures of our model.
+    """
+    keys = [f"whyrec/valid/excluded/{metric}" for metric in METRICS]
+    ratio = "language/perplexity_ratio"
+    for entry in records:
+        if missing := [key for key in keys if key not in entry["figures"]]:
+            raise ValueError(f"no figure {missing[0]!r} in {entry['name']}; `each` needs it")
+    lines = [f"| | {' | '.join(METRICS)} | Perplexity |", "|---|" + "---:|" * (len(METRICS) + 1)]
+    for entry in sorted(records, key=lambda entry: -entry["figures"][keys[-1]]):
+        figures = entry["figures"]
+        cells = [_cell([figures[key]])[1] for key in keys]
+        cells.append(f"× {figures[ratio]:.2f}" if ratio in figures else "–")
+        name = entry["name"].removesuffix(" valid").replace("-", " ")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    devices = ", ".join(dict.fromkeys(entry["device"] for entry in records))
+    seeds = ", ".join(str(seed) for seed in sorted({entry["seed"] for entry in records}))
+    word = "seeds" if "," in seeds else "seed"
+    return "\n".join(lines) + f"\n\nValidation, history excluded; {word} {seeds}; {devices}.\n"
+
+
 def fill(text: str, *, results: Path, published: Path) -> str:
     """The text with every marked table rendered anew.
 
@@ -104,7 +130,10 @@ def fill(text: str, *, results: Path, published: Path) -> str:
         records = read_results(results / folder)
         if not records:
             raise ValueError(f"{results / folder} holds no results; measure them first")
-        keys, rows = _options(match[3].split(), published)
+        words = match[3].split()
+        if "each" in words:
+            return f"{match[1]}{render_each(records)}{match[5]}"
+        keys, rows = _options(words, published)
         table = render([_only(entry, keys) for entry in records], rows)
         return f"{match[1]}{table}{match[5]}"
 

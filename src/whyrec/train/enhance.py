@@ -219,7 +219,7 @@ def _trainer(
         write_preferences(
             parts.roller,
             model,
-            chosen,
+            chosen[: recipe.preferences or None],
             negatives=recipe.negatives,
             shard=recipe.preference_shard,
             folder=folder / ".preferences",

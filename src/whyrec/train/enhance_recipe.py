@@ -47,6 +47,7 @@ class EnhanceRecipe:
         clip: grpo: ε.
         scale_rewards: grpo: advantages are divided by the deviation of their group, of the whole
             batch, or of none; a group's own makes much of little differences.
+        preferences: dpo: training steps that thoughts are sampled for, drawn at random; 0 for all.
         negatives: dpo: rejected replies of a prompt at most.
         beta: dpo: β.
         nll_weight: dpo: of the chosen reply's own loss.
@@ -83,6 +84,7 @@ class EnhanceRecipe:
     item_weight: float = 0.0
     clip: float = 0.2
     scale_rewards: str = "group"
+    preferences: int = 0
     negatives: int = 3
     beta: float = 0.1
     nll_weight: float = 0.1
@@ -130,6 +132,7 @@ def check_recipe(recipe: EnhanceRecipe) -> None:
     counts = ["prompts", "micro_batch", "updates_per_rollout", "rollout_width", "negatives"]
     counts += ["preference_shard", "evaluations", "epochs"]
     weights = ["kl_weight", "item_weight", "nll_weight", "resample_rounds", "steps_per_user"]
+    weights += ["preferences"]
     least = dict.fromkeys(counts, 1) | dict.fromkeys(weights, 0)
     for name, bound in least.items():
         if getattr(recipe, name) < bound:
