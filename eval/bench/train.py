@@ -187,7 +187,8 @@ def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> tupl
     trainer.add_callback(timer)
     trainer.train()
     timed = [index for row in order.rows[UNTIMED:last] for index in row]
-    return sum(map(setting.mix.length, timed)) / timer.seconds, timer
+    tokens = sum(len(setting.mix[index]["input_ids"]) for index in timed)
+    return tokens / timer.seconds, timer
 
 
 def trl_default(setting: Setting, *, steps: int, folder: Path) -> float:
