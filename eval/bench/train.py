@@ -13,11 +13,15 @@ After the timed steps a few more say which kernels a step's time goes to:
 
     train/tokens_per_s, train/mfu                 the fastest row
     train/tokens_per_s/row_ROW, train/mfu/row_ROW
+    train/step_ms/row_ROW                         a timed step
     train/kernel_ms/row_ROW/GROUP                 GPU time a step, by `GROUPS`
+    train/idle_ms/row_ROW                         a step's time in which no kernel runs
     train/…_varlen/row_ROW                        the same with PyTorch's attention
     train/tokens_per_s_trl_default, train/mfu_trl_default
 
-What matters most is measured first, and nothing is begun after `--seconds`.
+What matters most is measured first, and nothing is begun after `--seconds`. What needs more memory
+than the card has is left out; rows of 131,072 tokens keep 67 GB of activations. The kernels that
+take longest are listed by name on stderr.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset as Rows
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -53,12 +58,13 @@ from whyrec.train.trainer import AlignTrainer
 from whyrec.train.validation import Validation
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}  # dense bf16, NVIDIA's datasheets
-UNTIMED, PROFILED = 10, 3
+UNTIMED, PROFILED, LISTED = 10, 3, 25
 GROUPS = {  # by what is in a kernel's name; the first that fits
     "attention": ("flash", "forward_kernel", "gradient_kernel"),
     "matmul": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm"),
     "optimizer": ("multi_tensor", "adam"),
     "text_loss": ("text_kernel",),
+    "sid_loss": ("legal_",),
     "compiled": ("triton",),
     "copies": ("memcpy", "memset", "copy", "fill"),
     "other": ("",),
@@ -70,21 +76,26 @@ class StepTimer(TrainerCallback):
 
     Attributes:
         seconds: of the timed steps.
+        step_ms: a timed step's mean.
         kernel_ms: by group, GPU time a step.
     """
 
     def __init__(self, last: int) -> None:
         self.last, self.seconds = last, 0.0
         self.kernel_ms = dict.fromkeys(GROUPS, 0.0)
-        on_gpu = torch.cuda.is_available()
+        self.on_gpu = torch.cuda.is_available()
         self.profile = profile(
-            activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+            activities=[ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU]
         )
+
+    @property
+    def step_ms(self) -> float:
+        return self.seconds / (self.last - UNTIMED) * 1e3
 
     def on_step_end(self, args, state, control, **_) -> None:
         if state.global_step not in (UNTIMED, self.last, self.last + PROFILED):
             return
-        if torch.cuda.is_available():
+        if self.on_gpu:
             torch.cuda.synchronize()
         if state.global_step == UNTIMED:
             self.seconds -= time.perf_counter()
@@ -94,13 +105,21 @@ class StepTimer(TrainerCallback):
                 self.profile.start()
         else:
             self.profile.stop()
-            for event in self.profile.key_averages():
-                if event.is_user_annotation:  # a span around kernels, which are counted themselves
-                    continue
-                micro = event.self_device_time_total or event.self_cpu_time_total
-                name = event.key.lower()
-                group = next(g for g, parts in GROUPS.items() if any(p in name for p in parts))
-                self.kernel_ms[group] += micro / 1e3 / PROFILED
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        by_name: dict[str, float] = {}
+        for event in self.profile.key_averages():
+            # Neither spans around kernels, which are counted themselves, nor the host's own calls.
+            if event.is_user_annotation or (event.device_type == DeviceType.CUDA) != self.on_gpu:
+                continue
+            micro = event.self_device_time_total if self.on_gpu else event.self_cpu_time_total
+            by_name[event.key] = by_name.get(event.key, 0.0) + micro / 1e3 / PROFILED
+        for name, ms in by_name.items():
+            fits = (g for g, parts in GROUPS.items() if any(p in name.lower() for p in parts))
+            self.kernel_ms[next(fits)] += ms
+        for name in sorted(by_name, key=by_name.__getitem__, reverse=True)[:LISTED]:
+            print(f"{by_name[name]:9.3f} ms  {name[:150]}", file=sys.stderr, flush=True)
 
 
 class Setting:
@@ -134,25 +153,28 @@ class Setting:
         return model
 
 
-def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> tuple[float, dict]:
-    """Tokens a second of `AlignTrainer`, and GPU milliseconds of a step by group of kernels."""
+def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> tuple[float, StepTimer]:
+    """Tokens a second of `AlignTrainer`, and where the time of its steps went."""
     order = PackedOrder(setting.mix, tokens=row_tokens, seed=0)
     last = min(steps, len(order) - PROFILED)
     assert last > UNTIMED, f"the mix has {len(order)} rows of {row_tokens} tokens: too few to time"
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = training_arguments(
+        folder,
+        num_rows=last + PROFILED,
+        accumulated=1,
+        lr=1e-5,
+        weight_decay=0.01,
+        evaluations=0,
+        seed=0,
+        logs=folder,
+        report_to="none",
+    )
+    # A log waits for the GPU. A training's are dozens of steps apart; here it would be each sixth.
+    args.logging_strategy = "no"
     trainer = AlignTrainer(
         setting.fresh(),
-        args=training_arguments(
-            folder,
-            num_rows=last + PROFILED,
-            accumulated=1,
-            lr=1e-5,
-            weight_decay=0.01,
-            evaluations=0,
-            seed=0,
-            logs=folder,
-            report_to="none",
-        ),
+        args=args,
         mix=setting.mix,
         order=order,
         sid_loss=SidLoss(setting.encoder.vocabulary, setting.trie.to(device), 0.1, 0.1),
@@ -165,7 +187,8 @@ def ours(setting: Setting, *, row_tokens: int, steps: int, folder: Path) -> tupl
     trainer.add_callback(timer)
     trainer.train()
     timed = [index for row in order.rows[UNTIMED:last] for index in row]
-    return sum(map(setting.mix.length, timed)) / timer.seconds, timer.kernel_ms
+    tokens = sum(len(setting.mix[index]["input_ids"]) for index in timed)
+    return tokens / timer.seconds, timer
 
 
 def trl_default(setting: Setting, *, steps: int, folder: Path) -> float:
@@ -200,8 +223,8 @@ def trl_default(setting: Setting, *, steps: int, folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder with dataset and sids")
-    rows = parser.add_argument("--rows", type=int, nargs="+", default=[32768, 65536, 8192])
-    rows.help = "tokens a row, the most important first (default: 32768 65536 8192)"
+    rows = parser.add_argument("--rows", type=int, nargs="+", default=[131072, 65536, 32768, 8192])
+    rows.help = "tokens a row, the most important first (default: 131072 65536 32768 8192)"
     parser.add_argument("--steps", type=int, default=30, help=f"timed from {UNTIMED} on")
     parser.add_argument("--seconds", type=float, default=80, help="nothing is begun after")
     parser.add_argument("--without-varlen", action="store_true", help="our attention alone")
@@ -228,8 +251,14 @@ def main() -> None:
         )
 
     def add_row(row: int, *, folder: Path, key: str) -> None:
-        speed, kernel_ms = ours(setting, row_tokens=row, steps=options.steps, folder=folder)
-        add(f"{key}/row_{row}", speed, kernel_ms)
+        print(f"{key}/row_{row}, its kernels that take longest:", file=sys.stderr, flush=True)
+        speed, timer = ours(setting, row_tokens=row, steps=options.steps, folder=folder)
+        figures[f"train/step_ms{key}/row_{row}"] = timer.step_ms
+        if timer.on_gpu:
+            idle_ms = timer.step_ms - sum(timer.kernel_ms.values())
+            figures[f"train/idle_ms{key}/row_{row}"] = idle_ms
+            print(f"step {timer.step_ms:.1f} ms, of which idle {idle_ms:.1f}", flush=True)
+        add(f"{key}/row_{row}", speed, timer.kernel_ms)
 
     def add_varlen(row: int, *, folder: Path) -> None:
         def never(*_: object, **__: object) -> bool:
@@ -255,7 +284,10 @@ def main() -> None:
             if number and time.perf_counter() - start > options.seconds:
                 print(f"no time left for {measure.__name__} {settings}", flush=True)
                 continue
-            measure(**settings, folder=here / str(number))
+            try:
+                measure(**settings, folder=here / str(number))
+            except torch.cuda.OutOfMemoryError:
+                print(f"too little memory for {measure.__name__} {settings}", flush=True)
             gc.collect()  # a trainer and its callbacks hold each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -175,7 +175,7 @@ class Tiger(nn.Module):
         for level, offset in enumerate(self.vocabulary.offsets):
             rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
             total = total + legal_nll(
-                (hidden_PLD[:, level] @ rows_KD.T).float(),
+                hidden_PLD[:, level] @ rows_KD.T,
                 self.tokens_NL[items_P, level] - offset,
                 legal_MK=self.trie.mask(self.nodes_NL[items_P, level], level=level),
                 label_smoothing=self.recipe.label_smoothing,

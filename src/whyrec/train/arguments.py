@@ -81,7 +81,12 @@ def training_arguments(
         per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulated,
         max_length=None,
-        accelerator_config={"even_batches": False},  # rows hold different numbers of examples
+        accelerator_config={
+            "even_batches": False,  # rows hold different numbers of examples
+            # Else the host waits, before it sends a row, for the step before: the GPU then idles
+            # until the next one has come from the loader and its first kernels are launched.
+            "non_blocking": torch.cuda.is_available(),
+        },
         dataloader_num_workers=4 if torch.cuda.is_available() else 0,
         logging_steps=max(every // 5, 1),
     )

@@ -182,7 +182,10 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
 
 
 def _compile_blocks(model: PreTrainedModel) -> None:
-    """Fuse and compile the transformer blocks in place: all share one compiled function."""
+    """Fuse and compile, in place, the transformer blocks and the norm behind them.
+
+    All blocks share one compiled function.
+    """
     # A training has rows of one shape. Functions of an earlier one's shapes would let this one be
     # compiled for shapes of all kinds, which is slower, or count against how many there may be.
     torch.compiler.reset()
@@ -191,6 +194,9 @@ def _compile_blocks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ in kinds:
             module.compile(dynamic=False)
+    # As PyTorch's own kernels it is twenty passes over the row, forward and backward.
+    if isinstance(norm := getattr(model.base_model, "norm", None), nn.Module):
+        norm.compile(dynamic=False)
 
 
 def _render_row(batch: list[dict[str, int]], *, mix: Mix, **settings: Any) -> Row:
