@@ -446,3 +446,27 @@ def test_fsdp_with_lora_is_refused(run, backbone, monkeypatch) -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes" / "accelerate").glob("*.yaml")))
 def test_accelerate_reads_its_configs(path: Path) -> None:
     assert load_config_from_file(str(path)).num_processes >= 1
+
+
+def test_what_is_kept_lies_between_the_backbone_and_what_was_trained(
+    prepared_run, backbone, tmp_path
+) -> None:
+    kept: dict[float, dict] = {}
+    for share in (0.0, 0.25):
+        run = copy_run(prepared_run, tmp_path / str(share))
+        settings = {"lora_rank": 0, "warmup_epochs": 0, "average": 0.5, "evaluations": 1}
+        align(run, make_recipe(backbone, backbone_share=share, **settings))
+        kept[share] = load_file(run / "model" / "aligned" / "model.safetensors")
+    assert set(summary_of(run)["kept"]) >= {"R@10", "N@10"}
+    before = load_file(Path(backbone) / "model.safetensors")
+    for name, start in before.items():
+        whole, drawn = kept[0.0][name][: len(start)], kept[0.25][name][: len(start)]
+        torch.testing.assert_close(drawn, 0.75 * whole + 0.25 * start, rtol=1e-4, atol=1e-6)
+        assert torch.equal(kept[0.0][name][len(start) :], kept[0.25][name][len(start) :])
+
+
+def test_a_share_of_the_backbone_that_cannot_be_is_told(prepared_run, backbone) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        align(prepared_run, make_recipe(backbone, lora_rank=0, backbone_share=1.5))
+    with pytest.raises(ValueError, match="set lora_rank: 0"):
+        align(prepared_run, make_recipe(backbone, backbone_share=0.2))

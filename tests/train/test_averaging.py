@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from whyrec.train.averaging import WeightAverage
+from conftest import make_model
+from whyrec.train.averaging import Backbone, WeightAverage
 
 
 def trained(average: WeightAverage, weight: nn.Parameter, steps: int) -> torch.Tensor:
@@ -54,3 +55,22 @@ def test_before_the_first_step_it_is_the_model(tmp_path: Path) -> None:
 def test_a_checkpoint_without_average_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without averaging"):
         WeightAverage(nn.Linear(2, 2), decay=0.9).resume(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_weights_go_back_towards_the_backbone_and_new_rows_do_not(tied: bool, share: float) -> None:
+    model = make_model(vocab_size=12, tied=tied)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    backbone = Backbone(model, new_tokens=[9, 11])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    trained = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    backbone.draw_back(model, share=share)
+    for name, weight in model.named_parameters():
+        expected = (1 - share) * trained[name] + share * before[name]
+        if len(weight) == 12:
+            expected[[9, 11]] = trained[name][[9, 11]]
+        torch.testing.assert_close(weight.detach(), expected)
+    assert sum(len(weight) == 12 for weight in model.parameters()) == (1 if tied else 2)

@@ -30,6 +30,7 @@ from whyrec.sid.trie import Trie
 from whyrec.stage import read_stage, run_stage
 from whyrec.train.align_recipe import AlignRecipe
 from whyrec.train.arguments import cut_rows, training_arguments
+from whyrec.train.averaging import Backbone
 from whyrec.train.command import stage_command
 from whyrec.train.continued import save_trained, train_best, training_encoder
 from whyrec.train.loss import SidLoss
@@ -45,13 +46,21 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     """Make `run/model/aligned` out of `run/dataset`, `run/sids` and the recipe's backbone.
 
     Raises:
-        ValueError: when an earlier stage is missing, or the checkpoint belongs to other SIDs.
+        ValueError: when an earlier stage is missing, a setting cannot be, or the checkpoint belongs
+            to other SIDs.
     """
     if recipe.beam_width < 10:
         raise ValueError(f"beam_width must be at least 10, for N@10, not {recipe.beam_width}")
     if not 0 <= recipe.neighbour_decay <= 1 or recipe.neighbour_damping < 0:
         raise ValueError(
             "neighbour_decay must lie between 0 and 1, and neighbour_damping not below 0"
+        )
+    if not 0 <= recipe.backbone_share <= 1:
+        raise ValueError(f"backbone_share must lie between 0 and 1, not {recipe.backbone_share}")
+    if recipe.backbone_share and (recipe.lora_rank or recipe.checkpoint):
+        raise ValueError(
+            "backbone_share draws all weights back; set lora_rank: 0, or leave it at 0 and lower "
+            "lora_alpha, which is the same for an adapter"
         )
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     read_stage(run / "sids", made_by=f"whyrec index --run {run}")
@@ -130,6 +139,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     )
     _check_context(model, encoder, recipe)
     token_ids = new_token_ids(vocabulary, tokenizer)
+    before = Backbone(model, new_tokens=token_ids) if recipe.backbone_share else None
     adapted = _adapted(model, recipe, token_ids=token_ids)
     validation = Validation(
         dataset.examples("valid").at_most(recipe.valid_users),
@@ -205,6 +215,10 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         max_steps=recipe.max_steps,
     )
     summary = train_best(mix, folder, start="align: the checkpoint" if recipe.checkpoint else "")
+    if before is not None:
+        before.draw_back(model, share=recipe.backbone_share)
+        summary["kept"] = mix.rank_whole()
+        say(f"align: drawn back to the backbone by {recipe.backbone_share}: {summary['kept']}")
     if state.is_main_process:
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
     return summary | {"trained_tokens": mix.trained_tokens}

@@ -29,6 +29,8 @@ class AlignRecipe:
         lr: learning rate of the mix (cosine schedule).
         weight_decay: of AdamW.
         average: decay per step of the weights' average, which is validated and kept; 0 for none.
+        backbone_share: how far the trained weights go back towards the backbone's before they are
+            kept, 0 to 1; it keeps language. For all weights, not for LoRA.
         batch_tokens: tokens of an optimizer step, over all processes.
         micro_batch_tokens: tokens of a forward pass of one process at most.
         compile: compile the model's blocks; on a GPU only.
@@ -72,6 +74,7 @@ class AlignRecipe:
     lr: float = 1e-3
     weight_decay: float = 0.01
     average: float = 0.0
+    backbone_share: float = 0.0
     batch_tokens: int = 8192
     micro_batch_tokens: int = 32768
     compile: bool = True

@@ -1,20 +1,33 @@
-"""An average of the weights along training, which ranks better than any single step of it.
+"""Averages of weights: along training, and between its end and its start.
+
+Along training, an average ranks better than any single step of it:
 
     average ← decay · average + (1 - decay) · weights          after every optimizer step
 
 (exponential moving average; Polyak & Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407).
 Training itself goes on from the weights; validation and what is kept at the end are the average's.
 Each checkpoint holds both, so that a resumed run is the very same run.
+
+Between its end and its start, what is kept of the task is nearly all, and of what was known before
+much more than at the end (WiSE-FT; Wortsman et al. 2022, arXiv 2109.01903):
+
+    kept = trained + share · (backbone - trained)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -88,3 +101,27 @@ class WeightAverage(TrainerCallback):
             before = weight.detach().clone()
             weight.copy_(tensor)
             tensor.copy_(before)
+
+
+class Backbone:
+    """The weights that a model has now, for it to go back towards them later.
+
+    Args:
+        model: a causal LM before its training.
+        new_tokens: tokens that it did not know; their rows stay as they are trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, new_tokens: Sequence[int]) -> None:
+        self._new_tokens = list(new_tokens)
+        self._before = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def draw_back(self, model: PreTrainedModel, *, share: float) -> None:
+        """Move the model's weights towards those, in place: by nothing for 0, all the way for 1."""
+        tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for name, weight in model.named_parameters():
+            is_table = any(weight is table for table in tables)
+            new_XD = weight[self._new_tokens].clone() if is_table else None
+            weight.lerp_(self._before[name].to(weight), share)
+            if new_XD is not None:
+                weight[self._new_tokens] = new_XD

@@ -147,6 +147,10 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
             self._whole_model().to("cpu")  # a whole model beside its shards would fill the GPU
         return found
 
+    def rank_whole(self) -> dict[str, float]:
+        """The same of the caller's model as it is, whatever was done to it since training."""
+        return super().rank_valid()
+
     def _whole_model(self) -> PreTrainedModel:
         return plain_model(self.whole)
 
