@@ -15,12 +15,14 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from whyrec.decode.model_folder import SETTINGS_FILE
 
 _BUSY_SECONDS = 30.0
+LATELY = 1_024  # entries that are kept decoded, of users who asked lately
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Prepared:
     @classmethod
     def loads(cls, text: str | bytes) -> "Prepared":
         return cls(**json.loads(text))
+
+
+# The same text gives the same object: nobody may change it.
+_decoded = lru_cache(maxsize=LATELY)(Prepared.loads)
 
 
 class SqliteStore:
@@ -83,7 +89,7 @@ class SqliteStore:
             row = self._database.execute(
                 "SELECT entry FROM prepared WHERE model = ? AND user = ?", (model, user)
             ).fetchone()
-        return Prepared.loads(row[0]) if row else None
+        return _decoded(row[0]) if row else None
 
     def put(self, entries: Sequence[Prepared], *, model: str) -> None:
         """Keep some entries, all or none of them."""
@@ -120,7 +126,7 @@ class RedisStore:
     def get(self, user: str, *, model: str) -> Prepared | None:
         """What was prepared for a user; None when nothing was."""
         found = self._client.get(_key(model, user))
-        return Prepared.loads(found) if found else None
+        return _decoded(found) if found else None
 
     def put(self, entries: Sequence[Prepared], *, model: str) -> None:
         """Keep some entries, all or none of them."""
