@@ -1,13 +1,16 @@
 """Think-Ahead: the stores, preparing users, and what is made of it online."""
 
+import asyncio
 import json
 import math
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,6 +87,30 @@ def test_a_store_gives_back_what_it_was_given(store) -> None:
     store.put([later, Prepared("bob", 7.0, ["c"], [[3]], [[[0]]])], model="m")
     assert store.get("ann", model="m") == later and store.get("bob", model="m") is not None
     store.put([], model="m")
+    assert asyncio.run(store.ask("ann", model="m")) == later
+    assert asyncio.run(store.ask("carl", model="m")) is None
+
+
+def test_a_locked_file_is_waited_for_in_a_thread(tmp_path, monkeypatch) -> None:
+    class Locked:
+        def execute(self, *_: object) -> None:
+            raise sqlite3.OperationalError("database is locked")
+
+        def close(self) -> None:
+            pass
+
+    store, get, waited = SqliteStore(tmp_path / "ahead.sqlite"), SqliteStore.get, []
+
+    def note(self, user, *, model):
+        waited.append(threading.current_thread() is not threading.main_thread())
+        return get(self, user, model=model)
+
+    monkeypatch.setattr(SqliteStore, "get", note)
+    store.put([ENTRY], model="m")
+    assert asyncio.run(store.ask("ann", model="m")) == ENTRY and waited == []
+    monkeypatch.setattr(store, "_impatient", Locked())
+    assert asyncio.run(store.ask("ann", model="m")) == ENTRY and waited == [True]
+    store.close()
 
 
 @settings(max_examples=50, deadline=None)

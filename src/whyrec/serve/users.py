@@ -1,6 +1,5 @@
 """Whom a request is about: a history that it brings, or that of a user whom the server knows."""
 
-import asyncio
 import time
 import weakref
 from collections import OrderedDict
@@ -74,7 +73,7 @@ class Users:
         prepared = None
         if request.mode == "ahead" and self._store is not None:
             assert request.user is not None
-            prepared = await asyncio.to_thread(self._store.get, request.user, model=self._model)
+            prepared = await self._store.ask(request.user, model=self._model)
         if request.history is not None:
             known = catalogue.history(request.history, param="history")
         else:
