@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_codes, make_model, make_vocabulary
 from whyrec.decode.beam import BeamDecoder
@@ -109,3 +110,34 @@ def test_buffers_are_taken_over_in_place(decoder: BeamDecoder) -> None:
         for name in ("starts_UX", "stops_UX")
     )
     assert isinstance(buffer.to(torch.device("cpu")), Permitted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(rules, min_size=1, max_size=3))
+def test_padding_permits_nothing_more(decoder: BeamDecoder, asked: list[Rule]) -> None:
+    host = decoder.permitted_on_host(asked)
+    wide = host.widened(5, host.most + 3, num_items=NUM_ITEMS)
+    assert wide.most == host.most + 3
+    expected = decoder.permitted_on_host(asked, intervals=wide.most)
+    for name in ("starts_UX", "stops_UX"):
+        assert torch.equal(getattr(wide, name)[: len(asked)], getattr(expected, name))
+    low_UWK = torch.arange(NUM_ITEMS, dtype=torch.int32).expand(5, 1, -1).contiguous()
+    assert not wide.any_between(low_UWK, low_UWK + 1)[len(asked) :].any()
+
+
+def test_more_prefixes_and_users_are_not_more_calls(decoder: BeamDecoder) -> None:
+    """A walk through the trie for each prefix would take longer than the beam."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for users, repeats in ((1, 1), (64, 20)):
+        with Count() as count:
+            decoder.permitted_on_host([Rule([3], None, [[0, 1], [2, 2]] * repeats)] * users)
+        counts.append(count.calls)
+    assert counts[0] == counts[1]

@@ -1,5 +1,7 @@
 """Prompts out of the cache, and fixed shapes, against prompts computed whole."""
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import make_codes, make_model, make_vocabulary
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.prefill import _shared_prefix
 from whyrec.decode.prompt_cache import PromptCache
+from whyrec.decode.tree_attention import KeyValueStore
 from whyrec.sid.trie import Trie
 
 LEVELS = (4, 3, 5)
@@ -82,6 +85,26 @@ def test_the_least_recently_used_prompt_leaves_first(decoder: BeamDecoder) -> No
     decoder.prefill([[4] * 10], width=0, cache=cache)
     assert [cache.find([n] * 10).length for n in (2, 3, 4)] == [10, 0, 10]
     assert cache.find([2, 2, 9]).length == 2
+
+
+@given(st.lists(st.lists(st.sampled_from([0, 1, 255, 256, 70_000]), min_size=1, max_size=7)))
+def test_the_longest_known_beginning_is_found(prompts: list[list[int]]) -> None:
+    """Against a look at every entry; one that another begins with needs no place of its own."""
+    cache, kept = PromptCache(1 << 30), list[list[int]]()
+    for prompt in prompts:
+        alike = [
+            takewhile(lambda pair: pair[0] == pair[1], zip(prompt, entry, strict=False))
+            for entry in kept
+        ]
+        assert cache.find(prompt).length == max((sum(1 for _ in both) for both in alike), default=0)
+        store = KeyValueStore(torch.tensor([len(prompt)]), len(prompt), capacity=len(prompt))
+        zeros = torch.zeros(1, 1, len(prompt), 2)
+        store.write(0, zeros, zeros)
+        cache.put(prompt, store, 0)
+        if not any(entry[: len(prompt)] == prompt for entry in kept):
+            kept = [entry for entry in kept if prompt[: len(entry)] != entry] + [prompt]
+        assert sorted(entry.ids.tolist() for entry in cache._entries.values()) == sorted(kept)
+        assert cache._order == sorted(cache._entries)
 
 
 @pytest.mark.parametrize("width", [1, 5, 60])

@@ -1,15 +1,19 @@
 """Think-Ahead: the stores, preparing users, and what is made of it online."""
 
+import asyncio
 import json
 import math
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +23,11 @@ from hypothesis import strategies as st
 
 from whyrec.catalog.dataset import Dataset
 from whyrec.cli import main
+from whyrec.decode.model_folder import read_catalogue
 from whyrec.serve.ahead import Prepared, RedisStore, SqliteStore, model_fingerprint, open_store
 from whyrec.serve.ahead_quality import evaluate_ahead
 from whyrec.serve.ahead_worker import AheadWorker
+from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.think_ahead import think_ahead
 
 pytest.importorskip("fastapi")
@@ -81,6 +87,30 @@ def test_a_store_gives_back_what_it_was_given(store) -> None:
     store.put([later, Prepared("bob", 7.0, ["c"], [[3]], [[[0]]])], model="m")
     assert store.get("ann", model="m") == later and store.get("bob", model="m") is not None
     store.put([], model="m")
+    assert asyncio.run(store.ask("ann", model="m")) == later
+    assert asyncio.run(store.ask("carl", model="m")) is None
+
+
+def test_a_locked_file_is_waited_for_in_a_thread(tmp_path, monkeypatch) -> None:
+    class Locked:
+        def execute(self, *_: object) -> None:
+            raise sqlite3.OperationalError("database is locked")
+
+        def close(self) -> None:
+            pass
+
+    store, get, waited = SqliteStore(tmp_path / "ahead.sqlite"), SqliteStore.get, []
+
+    def note(self, user, *, model):
+        waited.append(threading.current_thread() is not threading.main_thread())
+        return get(self, user, model=model)
+
+    monkeypatch.setattr(SqliteStore, "get", note)
+    store.put([ENTRY], model="m")
+    assert asyncio.run(store.ask("ann", model="m")) == ENTRY and waited == []
+    monkeypatch.setattr(store, "_impatient", Locked())
+    assert asyncio.run(store.ask("ann", model="m")) == ENTRY and waited == [True]
+    store.close()
 
 
 @settings(max_examples=50, deadline=None)
@@ -316,6 +346,50 @@ def test_what_cannot_be_used_falls_back_and_says_why(
     with TestClient(make()) as client:
         asked = {"user": "u01", "history": [], "think": "ahead"}
         assert "no store" in client.post(ASK, json=asked).json()["ahead"]["reason"]
+
+
+def test_what_was_decoded_before_is_not_served_once_it_changed(
+    make, engine, folder, prepared
+) -> None:
+    model, store = model_fingerprint(folder), open_store(prepared)
+    entry = store.get("u01", model=model)
+    assert entry is not None and store.get("u01", model=model) is entry
+    first, *others = entry.prefixes[0]
+    items, codes_NL = read_catalogue(folder)
+    with TestClient(make(ahead=prepared)) as client:
+        asked = {"user": "u01", "think": "ahead", "k": 1}
+
+        def prefixes() -> list[list[list[int]]]:
+            engine.asked.clear()
+            answer = client.post(ASK, json=asked).json()
+            assert answer["ahead"]["used"] is True
+            return [request.prefixes for request in engine.asked]
+
+        before = prefixes()
+        assert before == prefixes() == entry.prefixes
+        ids = [
+            item.item_id
+            for item, codes in zip(items, codes_NL.tolist(), strict=True)
+            if codes[: len(first)] == first
+        ]
+        retired = client.post("/v1/items/retire", json={"ids": ids})
+        assert retired.status_code == 200
+        assert prefixes()[0] == others  # of another catalogue, from one request to the next
+        store.put([replace(entry, thoughts=[[7]], prefixes=[others])], model=model)
+        assert prefixes() == [others]
+
+
+@pytest.fixture(scope="module")
+def catalogue(thinking_model) -> Catalogue:
+    return Catalogue.load(thinking_model)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(-1, 5), min_size=1, max_size=5), max_size=12))
+def test_prefixes_of_a_catalogue_are_those_that_an_item_has(catalogue, prefixes) -> None:
+    codes = catalogue._codes_NL.tolist()
+    held = [p for p in prefixes if any(row[: len(p)] == p for row in codes)]
+    assert catalogue.prefixes(prefixes) == held
 
 
 def test_another_model_finds_nothing(folder) -> None:

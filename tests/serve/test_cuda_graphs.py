@@ -52,9 +52,9 @@ def test_batches_share_buckets_and_leave_nothing_behind(decoder: BeamDecoder) ->
     check(graphed, prompts([33]), [Rule()], width=7)
     check(graphed, prompts([8]), [rule], width=NUM_ITEMS + 5)
     assert set(graphed._graphs) == {
-        Bucket(4, 32, 7, 64),
-        Bucket(1, 64, 7, 64),
-        Bucket(1, 32, NUM_ITEMS + 5, 64),
+        Bucket(4, 32, 7, 128),
+        Bucket(1, 64, 7, 128),
+        Bucket(1, 32, NUM_ITEMS + 5, 128),
     }
 
 
@@ -80,10 +80,58 @@ def test_what_fits_no_bucket_is_right_too(decoder: BeamDecoder, monkeypatch) -> 
     assert set(graphed._graphs) == {Bucket(1, 32, 4, 2), Bucket(2, 32, 4, 2)}
 
 
+def test_prepared_prefixes_take_the_graphs_of_plain_requests(
+    decoder: BeamDecoder, monkeypatch
+) -> None:
+    """Fifty prefixes less a history are no other bucket, and are looked up once a batch."""
+    batches, real = [], BeamDecoder.permitted_on_host
+
+    def note(self, rules, **how):
+        batches.append(len(rules))
+        return real(self, rules, **how)
+
+    monkeypatch.setattr(BeamDecoder, "permitted_on_host", note)
+    codes_NL = make_codes((16, 16, 16), num_items=900, seed=3)
+    model = make_model(vocab_size=8 + 48 + 3)
+    trie = Trie.build(codes_NL, level_sizes=(16, 16, 16))
+    vocabulary = make_vocabulary((16, 16, 16))
+    graphed = GraphedBeams(BeamDecoder(model, vocabulary=vocabulary, trie=trie))
+    prefixes = torch.unique(codes_NL[:, :2], dim=0)[::3][:50].tolist()
+    inside = [n for n, codes in enumerate(codes_NL.tolist()) if codes[:2] in prefixes]
+    prepared = Rule(excluded=inside[:100:3], prefixes=prefixes)
+    check(graphed, prompts([20, 25]), [Rule([1, 2])] * 2, width=6)
+    buckets, batches[:] = set(graphed._graphs), []
+    asked = prompts([20, 30])
+    graphed(asked, width=6, rules=[prepared, prepared])
+    assert batches == [2]
+    check(graphed, asked, [prepared, Rule([5])], width=6)
+    assert set(graphed._graphs) == buckets == {Bucket(2, 32, 6, cuda_graphs.INTERVALS[0])}
+
+
+def test_with_all_graphs_made_a_greater_one_is_taken(decoder: BeamDecoder, monkeypatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "INTERVALS", (2, 16))
+    graphed = GraphedBeams(decoder)
+    rule = Rule(excluded=[3, 4, 11, 20])
+    for sizes in ([40, 3, 9], [70] * 7, [5, 5]):
+        check(graphed, prompts(sizes), [rule] * len(sizes), width=5)
+    made = set(graphed._graphs)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", len(made))
+    ran: list[Bucket] = []
+    for bucket, run in list(graphed._graphs.items()):
+        monkeypatch.setitem(
+            graphed._graphs, bucket, lambda run=run, bucket=bucket: (ran.append(bucket), run())
+        )
+    check(graphed, prompts([50, 2]), [Rule(), rule], width=5)  # the smallest that holds it
+    check(graphed, prompts([66]), [Rule()], width=5)
+    check(graphed, prompts([8]), [Rule()], width=4)  # of this width there is none
+    check(graphed, prompts([100]), [Rule()], width=5)  # nor one so long
+    assert ran == [Bucket(4, 64, 5, 16), Bucket(8, 96, 5, 16)] and set(graphed._graphs) == made
+
+
 def test_warming_up_makes_the_buckets(decoder: BeamDecoder) -> None:
     graphed = GraphedBeams(decoder)
     graphed.warm_up([1, 3], prompt_tokens=40, width=6)
-    assert set(graphed._graphs) == {Bucket(1, 64, 6, 64), Bucket(4, 64, 6, 64)}
+    assert set(graphed._graphs) == {Bucket(1, 64, 6, 128), Bucket(4, 64, 6, 128)}
 
 
 class NothingFromTheHost(TorchDispatchMode):

@@ -100,9 +100,11 @@ class BeamDecoder:
 
     def permitted(self, rules: Sequence[Rule], *, intervals: int = 1) -> Permitted:
         """Intervals of the items that each user may be given; see `Permitted.of`."""
-        return Permitted.of(
-            rules, trie=self.host_trie, ranks_N=self.ranks_N, intervals=intervals
-        ).to(self.device)
+        return self.permitted_on_host(rules, intervals=intervals).to(self.device)
+
+    def permitted_on_host(self, rules: Sequence[Rule], *, intervals: int = 1) -> Permitted:
+        """The same, where they were reckoned."""
+        return Permitted.of(rules, trie=self.host_trie, ranks_N=self.ranks_N, intervals=intervals)
 
     @torch.no_grad()
     def search(

@@ -10,9 +10,11 @@ Dimensions: U users, X intervals of a user at most, N items.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from whyrec.decode.transfer import sent
@@ -50,7 +52,7 @@ class Permitted:
     def of(
         cls, rules: Sequence[Rule], *, trie: Trie, ranks_N: np.ndarray, intervals: int = 1
     ) -> "Permitted":
-        """Intervals of each user's rule, on the host.
+        """Intervals of each user's rule, on the host: a few NumPy calls for all of them.
 
         Args:
             rules: one a user.
@@ -58,14 +60,37 @@ class Permitted:
             ranks_N: `trie.item_ranks()` on the host.
             intervals: X is at least this.
         """
-        found = [_intervals(rule, trie, ranks_N) for rule in rules]
-        most = max(intervals, *(len(starts) + 1 for starts, _ in found))
-        starts_UX = np.full((len(rules), most), len(ranks_N), dtype=np.int32)
-        stops_UX = np.full((len(rules), most), len(ranks_N) + 1, dtype=np.int32)
-        for user, (starts, stops) in enumerate(found):
-            starts_UX[user, : len(starts)] = starts
-            stops_UX[user, : len(stops)] = stops
+        num_users, num_items = len(rules), len(ranks_N)
+        stride = num_items + 1
+        starts, stops = _intervals(rules, trie, ranks_N)
+        user = starts // stride
+        counts_U = np.bincount(user, minlength=num_users)
+        place = np.arange(len(user)) - np.repeat(counts_U.cumsum() - counts_U, counts_U)
+        most = max(intervals, int(counts_U.max(initial=0)) + 1)
+        starts_UX = np.full((num_users, most), num_items, dtype=np.int32)
+        stops_UX = np.full((num_users, most), num_items + 1, dtype=np.int32)
+        starts_UX[user, place] = starts - user * stride
+        stops_UX[user, place] = stops - user * stride
         return cls(torch.from_numpy(starts_UX), torch.from_numpy(stops_UX))
+
+    @property
+    def most(self) -> int:
+        """X."""
+        return self.starts_UX.shape[1]
+
+    def widened(self, users: int, intervals: int, *, num_items: int) -> "Permitted":
+        """The same, padded to more intervals and with users behind them who may be given nothing.
+
+        Args:
+            users: U of the result.
+            intervals: X of the result.
+            num_items: N.
+        """
+        more = (0, intervals - self.most, 0, users - len(self.starts_UX))
+        return Permitted(
+            F.pad(self.starts_UX, more, value=num_items),
+            F.pad(self.stops_UX, more, value=num_items + 1),
+        )
 
     def to(self, device: torch.device) -> "Permitted":
         """The same on a device."""
@@ -87,46 +112,78 @@ class Permitted:
         return self.starts_UX.gather(1, place_UR).view_as(high_UWK) < high_UWK
 
 
-def _intervals(rule: Rule, trie: Trie, ranks_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted starts and stops of the leaf ranks that a rule leaves."""
-    starts, stops = np.zeros(1, dtype=np.int64), np.full(1, len(ranks_N), dtype=np.int64)
-    if len(rule.excluded) == 0 and rule.allowed is None and rule.prefixes is None:
-        return starts, stops
-    if rule.prefixes is not None:
-        starts, stops = _ranges(rule.prefixes, trie)
-    excluded = np.unique(ranks_N[np.asarray(rule.excluded, dtype=np.int64)]).astype(np.int64)
-    if rule.allowed is not None:
-        allowed = np.unique(ranks_N[np.asarray(rule.allowed, dtype=np.int64)]).astype(np.int64)
-        allowed = np.setdiff1d(allowed[_inside(allowed, starts, stops)], excluded)
-        first = np.diff(allowed, prepend=-2) > 1  # neighbours make one interval
-        last = np.diff(allowed, append=np.iinfo(np.int64).max) > 1
-        return allowed[first], allowed[last] + 1
-    # Each excluded rank cuts the interval that holds it in two.
-    if rule.prefixes is not None:
-        excluded = excluded[_inside(excluded, starts, stops)]
+def _intervals(
+    rules: Sequence[Rule], trie: Trie, ranks_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted starts and stops of what the rules leave, in leaf ranks + user · (N + 1).
+
+    So all users' intervals are disjoint and do not even touch, and are treated as one user's.
+    """
+    stride = len(ranks_N) + 1
+    starts, stops = _ranges([rule.prefixes for rule in rules], trie, stride)
+    excluded = _ranks([rule.excluded for rule in rules], ranks_N)
+    excluded = excluded[_inside(excluded, starts, stops)]
+    limited_U = np.array([rule.allowed is not None for rule in rules])
+    if not limited_U.any():
+        return _cut(starts, stops, excluded)
+    allowed = _ranks([() if rule.allowed is None else rule.allowed for rule in rules], ranks_N)
+    allowed = np.setdiff1d(allowed[_inside(allowed, starts, stops)], excluded, assume_unique=True)
+    first = np.diff(allowed, prepend=-2) > 1  # neighbours make one interval
+    last = np.diff(allowed, append=np.iinfo(np.int64).max) > 1
+    free, free_excluded = ~limited_U[starts // stride], ~limited_U[excluded // stride]
+    cut_starts, cut_stops = _cut(starts[free], stops[free], excluded[free_excluded])
+    starts = np.concatenate([cut_starts, allowed[first]])
+    stops = np.concatenate([cut_stops, allowed[last] + 1])
+    return np.sort(starts), np.sort(stops)
+
+
+def _cut(
+    starts: np.ndarray, stops: np.ndarray, excluded: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted disjoint intervals less some ranks in them: each cuts the one that holds it in two."""
     starts = np.sort(np.concatenate([starts, excluded + 1]))
     stops = np.sort(np.concatenate([stops, excluded]))
     filled = stops > starts
     return starts[filled], stops[filled]
 
 
-def _ranges(prefixes: Sequence[Sequence[int]], trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """Leaf ranks under prefixes, as sorted disjoint intervals."""
-    found = []
-    for prefix in prefixes:
-        codes = torch.as_tensor(list(prefix), dtype=torch.long)
-        ends = trie.leaf_range(trie.walk(codes), level=len(prefix))
-        found.append((int(ends[0]), int(ends[1])))
-    starts, stops = list[int](), list[int]()
-    for low, high in sorted(found):
-        if high <= low:
-            continue  # nobody has this prefix
-        if stops and low < stops[-1]:
-            stops[-1] = max(stops[-1], high)  # one prefix lies inside another
-        else:
-            starts.append(low)
-            stops.append(high)
-    return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
+def _ranks(items: Sequence[Sequence[int]], ranks_N: np.ndarray) -> np.ndarray:
+    """Leaf ranks + user · (N + 1) of some items of each user, sorted and each once."""
+    counts_U = [len(own) for own in items]
+    flat = np.fromiter(chain.from_iterable(items), dtype=np.int64, count=sum(counts_U))
+    user = np.repeat(np.arange(len(items)), counts_U)
+    return np.unique(ranks_N[flat] + user * (len(ranks_N) + 1))
+
+
+def _ranges(
+    prefixes: Sequence[Sequence[Sequence[int]] | None], trie: Trie, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leaf ranks + user · stride under each user's prefixes, as sorted disjoint intervals.
+
+    Users without a wish have one interval of all ranks.
+    """
+    codes: dict[int, list[int]] = {}  # by depth, the codes of all prefixes of it
+    owners: dict[int, list[int]] = {0: [u for u, own in enumerate(prefixes) if own is None]}
+    for user, own in enumerate(prefixes):
+        for prefix in own or ():
+            codes.setdefault(len(prefix), []).extend(prefix)
+            owners.setdefault(len(prefix), []).append(user)
+    all_lows, all_highs = list[np.ndarray](), list[np.ndarray]()
+    for depth, users in owners.items():
+        codes_PD = np.array(codes.get(depth, []), dtype=np.int64).reshape(len(users), depth)
+        low_P, high_P = trie.leaf_range(trie.walk(torch.from_numpy(codes_PD)), level=depth)
+        at_P = np.array(users, dtype=np.int64) * stride
+        all_lows.append(low_P.numpy() + at_P)
+        all_highs.append(high_P.numpy() + at_P)
+    lows, highs = np.concatenate(all_lows), np.concatenate(all_highs)
+    somebody = highs > lows  # nobody has the others
+    lows, highs = lows[somebody], highs[somebody]
+    order = np.lexsort((-highs, lows))
+    lows, highs = lows[order], highs[order]
+    # One prefix's range lies inside another's or apart from it: those inside are left out.
+    before = np.maximum.accumulate(np.concatenate([[0], highs]))[:-1]
+    apart = lows >= before
+    return lows[apart], highs[apart]
 
 
 def _inside(ranks: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

@@ -165,23 +165,24 @@ class Catalogue:
     def prefixes(self, prefixes: Sequence[Sequence[int]]) -> list[list[int]]:
         """Those of some SID prefixes that live items still have."""
         sizes = self.encoder.vocabulary.level_sizes
-        kept = []
-        for prefix in prefixes:
-            depth = len(prefix)
-            inside = depth <= len(sizes) and all(
-                0 <= code < size for code, size in zip(prefix, sizes, strict=False)
-            )
-            if not inside:
+        places: dict[int, list[int]] = {}
+        for place, prefix in enumerate(prefixes):
+            places.setdefault(len(prefix), []).append(place)
+        kept: list[int] = []
+        for depth, of_depth in places.items():
+            if not 1 <= depth <= len(sizes):
                 continue
             if depth not in self._prefixes:
                 columns = tuple(self._codes_NL[: self.num_live, :depth].T)
                 self._prefixes[depth] = np.unique(np.ravel_multi_index(columns, sizes[:depth]))
             known = self._prefixes[depth]
-            number = np.ravel_multi_index(tuple(prefix), sizes[:depth])
-            place = int(np.searchsorted(known, number))
-            if place < len(known) and known[place] == number:
-                kept.append(list(prefix))
-        return kept
+            codes_PD = np.array([prefixes[place] for place in of_depth], dtype=np.int64)
+            inside_P = ((codes_PD >= 0) & (codes_PD < sizes[:depth])).all(1)
+            numbers = np.ravel_multi_index(tuple(codes_PD[inside_P].T), sizes[:depth])
+            low, high = (known.searchsorted(numbers, side) for side in ("left", "right"))
+            found = high > low
+            kept += np.array(of_depth)[inside_P][found].tolist()
+        return [list(prefixes[place]) for place in sorted(kept)]
 
     def recommended(self, index: int, score: float) -> RecommendedItem:
         """An item of an answer."""

@@ -33,7 +33,7 @@ from whyrec.decode.tree_attention import KeyValueStore
 USERS = (1, 2, 4, 8, 16, 32, 64)
 SLOTS_STEP = 32  # prompts are padded up to a multiple
 MAX_SLOTS = 1_024  # longer prompts run uncaptured
-INTERVALS = (64, 512, 4_096)
+INTERVALS = (128, 512, 4_096)  # the first holds 50 prepared prefixes less a usual history
 ALIGN = 8  # attention kernels want a multiple of so many keys
 MAX_GRAPHS = 48
 
@@ -46,6 +46,12 @@ class Bucket:
     slots: int
     width: int
     intervals: int
+
+    def holds(self, other: "Bucket") -> bool:
+        """Whether a batch of another bucket may be padded up to this one."""
+        return self.width == other.width and all(
+            getattr(self, name) >= getattr(other, name) for name in ("users", "slots", "intervals")
+        )
 
 
 @dataclass
@@ -113,15 +119,12 @@ class GraphedBeams:
                 torch.cat([part.items_UW for part in parts]),
                 torch.cat([part.scores_UW for part in parts]),
             )
-        padded = [*rules, *[Rule()] * (self._users(len(prompts)) - len(prompts))]
-        permitted = self.decoder.permitted(padded, intervals=INTERVALS[0])  # as most will want it
-        bucket = self._bucket(prompts, width=width, intervals=permitted.starts_UX.shape[1])
+        permitted = self.decoder.permitted_on_host(rules)
+        bucket = self._bucket(prompts, width=width, intervals=permitted.most)
         if bucket is None:
             searched = self.decoder.prefill(prompts, width=width)
-            few = self.decoder.permitted(rules)
-            return self.decoder.search(searched, width=width, permitted=few)
-        if permitted.starts_UX.shape[1] != bucket.intervals:
-            permitted = self.decoder.permitted(padded, intervals=bucket.intervals)
+            permitted = permitted.to(self.decoder.device)
+            return self.decoder.search(searched, width=width, permitted=permitted)
         buffers = self._ready(bucket)
         ids_UP = np.zeros((bucket.users, bucket.slots), dtype=np.int64)
         lengths_U = np.ones(bucket.users, dtype=np.int64)
@@ -130,7 +133,9 @@ class GraphedBeams:
             lengths_U[user] = len(prompt)
         buffers.ids_UP.copy_(torch.from_numpy(ids_UP))
         buffers.lengths_U.copy_(torch.from_numpy(lengths_U))
-        buffers.permitted.copy_(permitted)
+        buffers.permitted.copy_(
+            permitted.widened(bucket.users, bucket.intervals, num_items=self.decoder.trie.num_items)
+        )
         self._graphs[bucket]()
         assert buffers.beams is not None
         found = slice(0, len(prompts))
@@ -154,7 +159,11 @@ class GraphedBeams:
         if slots > MAX_SLOTS or room is None:
             return None
         bucket = Bucket(self._users(len(prompts)), slots, width, room)
-        return bucket if bucket in self._graphs or len(self._graphs) < MAX_GRAPHS else None
+        if bucket in self._graphs or len(self._graphs) < MAX_GRAPHS:
+            return bucket
+        # No more are made: a greater one that is there costs less than launching kernel by kernel.
+        greater = [one for one in self._graphs if one.holds(bucket)]
+        return min(greater, key=lambda one: one.users * (one.slots + width), default=None)
 
     def _ready(self, bucket: Bucket) -> Buffers:
         """The buffers of a bucket, captured if it is new."""

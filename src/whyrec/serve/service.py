@@ -30,7 +30,7 @@ from whyrec.serve.facts import Facts
 from whyrec.serve.guard import Admission
 from whyrec.serve.metrics import Metrics
 from whyrec.serve.plan import Plan, make_plan, searches, wanted
-from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, Timings
+from whyrec.serve.schema import Ahead, Answer, RecommendationRequest, RecommendedItem, Timings
 from whyrec.serve.settings import ServeSettings
 from whyrec.serve.thoughts import Words, write_thoughts
 from whyrec.serve.users import Users
@@ -213,17 +213,19 @@ class Service:
     def _text(self, plan: Plan, thought: Sequence[int]) -> str:
         return plan.catalogue.encoder.tokenizer.decode(list(thought))
 
-    def _items(self, plan: Plan, ranking: Ranking | None) -> list:
+    def _items(self, plan: Plan, ranking: Ranking | None) -> list[RecommendedItem]:
         """The k best; without those that were retired while the request was under way."""
         if ranking is None:
             return []
         newest = self.catalogues.newest
-        found = []
+        found: list[RecommendedItem] = []
         pairs = zip(ranking.items_EW[0].tolist(), ranking.scores_EW[0].tolist(), strict=True)
         for item, score in pairs:
+            if len(found) == plan.k:
+                break
             if item >= 0 and newest.is_live(plan.catalogue.items[item].item_id):
                 found.append(plan.catalogue.recommended(item, score))
-        return found[: plan.k]
+        return found
 
 
 def _count(ranking: Ranking | None) -> int:

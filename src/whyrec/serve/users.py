@@ -1,13 +1,14 @@
 """Whom a request is about: a history that it brings, or that of a user whom the server knows."""
 
-import asyncio
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from whyrec.catalog.dataset import Dataset
-from whyrec.serve.ahead import Prepared, model_fingerprint, open_store
+from whyrec.serve.ahead import LATELY, Prepared, model_fingerprint, open_store
 from whyrec.serve.catalogue import Catalogue
 from whyrec.serve.errors import ServeError
 from whyrec.serve.schema import Ahead, RecommendationRequest
@@ -30,6 +31,24 @@ class Found:
     prefixes: list[list[list[int]]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Usable:
+    """What one catalogue has of a prepared entry.
+
+    Attributes:
+        prepared: the entry.
+        catalogue: whose indices these are; it may be gone.
+        before: the history that the thoughts were written after.
+        thoughts, prefixes: the thoughts some of whose prefixes are left, and those prefixes.
+    """
+
+    prepared: Prepared
+    catalogue: "weakref.ref[Catalogue]"
+    before: list[int]
+    thoughts: list[list[int]]
+    prefixes: list[list[list[int]]]
+
+
 class Users:
     """The users of a run, and those with prepared thoughts.
 
@@ -43,6 +62,7 @@ class Users:
         self._store = open_store(settings.ahead) if settings.ahead else None
         self._max_age = settings.ahead_max_age
         self._model = model_fingerprint(folder)
+        self._usable: OrderedDict[str, _Usable] = OrderedDict()  # of users who asked lately
 
     async def history(self, request: RecommendationRequest, catalogue: Catalogue) -> Found:
         """A request's history, and the thoughts that were prepared for its user.
@@ -53,7 +73,7 @@ class Users:
         prepared = None
         if request.mode == "ahead" and self._store is not None:
             assert request.user is not None
-            prepared = await asyncio.to_thread(self._store.get, request.user, model=self._model)
+            prepared = await self._store.ask(request.user, model=self._model)
         if request.history is not None:
             known = catalogue.history(request.history, param="history")
         else:
@@ -110,22 +130,37 @@ class Users:
         if age > self._max_age:
             reason = f"too old: {age:.0f} s, above the {self._max_age:.0f} s that are allowed"
             return _unused(history, reason)
-        pairs = [
-            (thought, kept)
-            for thought, prefixes in zip(prepared.thoughts, prepared.prefixes, strict=True)
-            if (kept := catalogue.prefixes(prefixes))
-        ]
-        if not pairs:
+        usable = self._usable_of(prepared, catalogue)
+        if not usable.thoughts:
             return _unused(history, "no prepared prefix is in the catalogue any more")
-        before = _indices(prepared.history, catalogue)
         same = 0
-        for then, now in zip(before, history, strict=False):
+        for then, now in zip(usable.before, history, strict=False):
             if then != now:
                 break
             same += 1
         ahead = Ahead(used=True, age_seconds=round(age, 1), new_events=len(history) - same)
-        thoughts, prefixes_of = [list(part) for part in zip(*pairs, strict=True)]
-        return Found(history, ahead, thoughts, prefixes_of)
+        return Found(history, ahead, usable.thoughts, usable.prefixes)
+
+    def _usable_of(self, prepared: Prepared, catalogue: Catalogue) -> _Usable:
+        """What the catalogue has of an entry; as it was found before, if neither has changed."""
+        known = self._usable.pop(prepared.user, None)
+        if known is None or known.prepared is not prepared or known.catalogue() is not catalogue:
+            pairs = [
+                (thought, kept)
+                for thought, prefixes in zip(prepared.thoughts, prepared.prefixes, strict=True)
+                if (kept := catalogue.prefixes(prefixes))
+            ]
+            known = _Usable(
+                prepared,
+                weakref.ref(catalogue),
+                _indices(prepared.history, catalogue),
+                [thought for thought, _ in pairs],
+                [kept for _, kept in pairs],
+            )
+        self._usable[prepared.user] = known
+        if len(self._usable) > LATELY:
+            self._usable.popitem(last=False)
+        return known
 
 
 def _unused(history: list[int], reason: str) -> Found:
