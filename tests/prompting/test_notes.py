@@ -76,11 +76,41 @@ def test_a_text_cannot_become_control(extended: Extended) -> None:
 
 
 @pytest.mark.parametrize(
-    "notes", [None, Notes(3, 2, VISITS), Notes(3, text_tokens=5, texts=["a b"] * 99)]
+    "notes",
+    [
+        None,
+        Notes(3, 2, VISITS),
+        Notes(3, text_tokens=5, texts=["a b"] * 99),
+        Notes(0, 0, VISITS, shortlist=3),
+        Notes(2, 1, VISITS, shortlist=2),
+    ],
 )
 def test_no_history_has_more_tokens_than_reckoned(extended: Extended, notes: Notes | None) -> None:
     encoder = encoder_with(extended, notes) if notes else extended.encoder
     rng = np.random.default_rng(0)
     for length in range(9):
         history = rng.integers(0, NUM_ITEMS, length).tolist()
-        assert len(encoder.history(history)) <= encoder.history_tokens(length)
+        tokens = len(encoder.history(history)) + len(encoder.shortlist(history))
+        assert tokens <= encoder.history_tokens(length)
+        asked = len(encoder.recommendation_prompt(history))
+        assert asked == len(encoder.recommendation_prompt([])) + tokens
+
+
+def test_the_shortlist_stands_between_the_history_and_the_question(extended: Extended) -> None:
+    sequences = [np.array(s, np.int32) for s in ([0, 1], [0, 1], [0, 2], [3, 4], [3, 2])]
+    visits = CoVisits.count(sequences, num_items=NUM_ITEMS)
+    encoder = encoder_with(extended, Notes(1, 1, visits, shortlist=3))
+    item = encoder.item
+    # Of the older event 0: 1 twice, 2 once, at .6; of the newer one, 3: 4 and 2 once each.
+    expected = [*encoder.control("\nOthers went on to: "), *item(2), *item(1), *item(4)]
+    assert encoder.shortlist([0, 3]) == expected
+    prompt = encoder.recommendation_prompt([0, 3])
+    at = len(encoder.frame(encoder.recommend["system"]).before_user)
+    at += len(encoder.control("A user chose, oldest first: ")) + len(encoder.history([0, 3]))
+    assert prompt[at : at + len(expected)] == expected
+    # What only this user did is not told, and who has no company has no list.
+    assert encoder.shortlist([3], own=[3, 2]) == [*expected[: -3 * len(item(0))], *item(4)]
+    assert encoder.shortlist([5]) == encoder.shortlist([]) == []
+    plain = encoder_with(extended, Notes(1, 1, visits))
+    listed = len(plain.recommendation_prompt([0, 3])) + len(expected)
+    assert len(prompt) == listed and plain.shortlist([0, 3]) == []

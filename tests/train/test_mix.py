@@ -286,9 +286,14 @@ def test_text_of_withheld_items_is_never_shown(extended: Extended) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(length=st.integers(2, 12), drop=st.sampled_from([0.0, 0.5]), text_tokens=st.integers(0, 3))
+@given(
+    length=st.integers(2, 12),
+    drop=st.sampled_from([0.0, 0.5]),
+    text_tokens=st.integers(0, 3),
+    shortlist=st.integers(0, 3),
+)
 def test_notes_are_shown_and_never_trained(
-    extended: Extended, length: int, drop: float, text_tokens: int
+    extended: Extended, length: int, drop: float, text_tokens: int, shortlist: int
 ) -> None:
     sequences = [np.arange(length, dtype=np.int32), *extended.dataset.training_sequences()]
     visits = CoVisits.count(sequences, num_items=NUM_ITEMS)
@@ -297,7 +302,7 @@ def test_notes_are_shown_and_never_trained(
         extended.tokenizer,
         vocabulary=extended.vocabulary,
         codes_NL=extended.codes_NL.tolist(),
-        notes=Notes(3, 2, visits, text_tokens=text_tokens, texts=texts),
+        notes=Notes(3, 2, visits, text_tokens=text_tokens, texts=texts, shortlist=shortlist),
     )
     mixes = [
         AlignmentMix(

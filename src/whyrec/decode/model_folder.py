@@ -59,6 +59,7 @@ class Settings:
         neighbour_decay, neighbour_damping: how they are scored (`catalog/covisits.py`).
         neighbour_grades: whether the note tells how strong each tie is.
         text_tokens: tokens of the event's text in a note at most.
+        shortlist: items of the shortlist behind a history, at most.
     """
 
     stage: str
@@ -73,6 +74,7 @@ class Settings:
     neighbour_damping: float = 0.5
     neighbour_grades: bool = False
     text_tokens: int = 0
+    shortlist: int = 0
 
     def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
         """The notes of this model's prompts; None where it has none.
@@ -82,7 +84,8 @@ class Settings:
             visits: the catalogue's `covisits.parquet`.
             training: nothing is said of items whose text alignment withholds.
         """
-        if not self.note_events or not (self.neighbours or self.text_tokens):
+        noted = self.note_events and (self.neighbours or self.text_tokens)
+        if not noted and not self.shortlist:
             return None
         ids = [item.item_id for item in items]
         texts: list[str] = []
@@ -97,12 +100,13 @@ class Settings:
         return Notes(
             self.note_events,
             self.neighbours,
-            CoVisits.load(visits, item_ids=ids) if self.neighbours else None,
+            CoVisits.load(visits, item_ids=ids) if self.neighbours or self.shortlist else None,
             decay=self.neighbour_decay,
             damping=self.neighbour_damping,
             grades=self.neighbour_grades,
             text_tokens=self.text_tokens,
             texts=texts,
+            shortlist=self.shortlist,
         )
 
 
@@ -135,7 +139,7 @@ def save_model_folder(
     tokenizer.save_pretrained(folder)
     name_weights(folder)
     shutil.copyfile(dataset_folder / "items.parquet", folder / "items.parquet")
-    noted = [COVISITS_FILE] if settings.neighbours else []
+    noted = [COVISITS_FILE] if settings.neighbours or settings.shortlist else []
     for name in [*CATALOGUE_FILES, *noted]:
         shutil.copyfile(sids_folder / name, folder / name)
     (folder / "prompts").mkdir(exist_ok=True)

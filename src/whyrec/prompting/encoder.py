@@ -145,14 +145,30 @@ class PromptEncoder:
                 last = grade
         return noted
 
+    def shortlist(
+        self, items: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
+    ) -> list[int]:
+        """What stands behind a history, arguments as for `history_parts`; nothing where nothing
+        was ever chosen near it."""
+        near = self.notes.shortlisted(items, own) if self.notes is not None else []
+        if not near:
+            return []
+        sids = [token for item in near for token in self._item_ids[item]]
+        pieces = self.render(self.recommend["shortlist"], items=sids)
+        return [token for piece in pieces for token in piece]
+
     def history_tokens(self, num_items: int) -> int:
-        """Tokens of a history of so many items at most."""
+        """Tokens of a history of so many items at most, and of its shortlist."""
         levels = self.vocabulary.num_levels
         if self.notes is None:
             return levels * num_items
         digits = max(map(len, self._digits)) if self.notes.grades else 0
         note = (levels + digits) * self.notes.neighbours + self.notes.text_tokens
-        return (levels + 1) * num_items + note * min(num_items, self.notes.events)
+        listed = 0
+        if self.notes.shortlist and num_items:
+            words = self.render(self.recommend["shortlist"], items=[])
+            listed = sum(map(len, words)) + levels * self.notes.shortlist
+        return (levels + 1) * num_items + note * min(num_items, self.notes.events) + listed
 
     def longest_prompt(self, num_items: int) -> int:
         """Tokens of the prompt of a beam for so many items at most, without a thought."""
@@ -210,7 +226,11 @@ class PromptEncoder:
     ) -> list[int]:
         """The history and the question, up to where the reply begins."""
         frame = self.frame(self.recommend["system"])
-        question = self.render(self.recommend["user"], history=self.history(history, own=own))
+        question = self.render(
+            self.recommend["user"],
+            history=self.history(history, own=own),
+            shortlist=self.shortlist(history, own=own),
+        )
         return [
             *frame.before_user,
             *(token for piece in question for token in piece),

@@ -1,11 +1,13 @@
-"""What a prompt may say of a history's newest events beside their SIDs.
+"""What a prompt may say of a history beside its SIDs: of its newest events, and of all together.
 
 *Neighbours* are the items that other users chose near an event (`catalog/covisits.py`), as SIDs:
 counts know exact pairs that a small model cannot keep in its weights, and a language model is good
 at picking up what stands before it. With `decay` above 0 they are those of the whole history up to
 the event, older events counting less, so that the newest note is a shop's own list of what may come
-next. *Text* is the beginning of what the catalogue says of the event. The log and the catalogue are
-all they are made of, at training time as at serving time.
+next. *Text* is the beginning of what the catalogue says of the event. The *shortlist* stands behind
+the history: what others chose near any of its events, newer ones counting more, a shop's own list
+of what may come next. The log and the catalogue are all they are made of, at training time as at
+serving time.
 
 A noted history is written `<|sid_begin|>EVENT NEIGHBOURS TEXT<|sid_begin|>EVENT …`, so that every
 event of it is predicted after `<|sid_begin|>`, as the next item is.
@@ -18,6 +20,9 @@ from functools import cached_property
 import numpy as np
 
 from whyrec.catalog.covisits import CoVisits
+
+# As co-visitation ranks best by itself on Amazon Beauty (`baselines.tuned_co_visitation`).
+_SHORTLIST_DECAY, _SHORTLIST_DAMPING = 0.6, 0.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Notes:
             than the last one's.
         text_tokens: of an event's text, at most.
         texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
+        shortlist: items in the shortlist, at most.
     """
 
     events: int
@@ -43,6 +49,7 @@ class Notes:
     grades: bool = False
     text_tokens: int = 0
     texts: Sequence[str] = ()
+    shortlist: int = 0
 
     def near(
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
@@ -84,6 +91,22 @@ class Notes:
     def _typical(self) -> float:
         assert self.visits is not None
         return self.visits.typical_best(damping=self.damping)
+
+    def shortlisted(
+        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[int]:
+        """The shortlist of a history, best first; `own` as for `CoVisits.neighbours`."""
+        if self.visits is None or not self.shortlist or not len(history):
+            return []
+        ((items, _),) = self.visits.neighbours(
+            history,
+            k=self.shortlist,
+            own=own,
+            last=1,
+            decay=_SHORTLIST_DECAY,
+            damping=_SHORTLIST_DAMPING,
+        )
+        return items.tolist()
 
     def text(self, item: int) -> str:
         """What is said of an item."""

@@ -133,6 +133,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbour_damping=recipe.neighbour_damping,
         neighbour_grades=recipe.neighbour_grades,
         text_tokens=recipe.text_tokens,
+        shortlist=recipe.shortlist,
     )
     encoder = training_encoder(
         run, made, tokenizer, vocabulary=vocabulary, items=dataset.items, codes_NL=codes_NL

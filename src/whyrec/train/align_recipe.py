@@ -22,6 +22,8 @@ class AlignRecipe:
         neighbour_damping: how far popular neighbours are held back.
         neighbour_grades: whether a digit tells how strong the tie to a neighbour is.
         text_tokens: tokens of such an event's text, in its note, at most.
+        shortlist: items that others chose near the history as a whole, in a list behind it, at
+            most.
         warmup_epochs: epochs of the token warm-up.
         warmup_lr: its learning rate.
         epochs: of the multi-task mix.
@@ -67,6 +69,7 @@ class AlignRecipe:
     neighbour_damping: float = 0.5
     neighbour_grades: bool = False
     text_tokens: int = 0
+    shortlist: int = 0
     warmup_epochs: int = 1
     warmup_lr: float = 5e-3
     epochs: int = 10

@@ -135,7 +135,9 @@ class AlignmentMix:
     def _frames(self) -> dict[str, int]:
         """By task, tokens of an example besides its items and their texts, at most."""
         encoder, nothing = self.encoder, np.zeros(2, dtype=np.int32)
-        items = len(encoder.history(nothing[:1].tolist(), own=nothing)) + len(encoder.item(0))
+        items = len(encoder.item(0))
+        for part in (encoder.history, encoder.shortlist):
+            items += len(part(nothing[:1].tolist(), own=nothing))
         frames = {"sequence": len(self._sequence(nothing, own=nothing).input_ids) - items}
         for task in ("caption", "lookup", "persona"):
             empty: dict[str, list[int]] = {"sid": [], "text": [], "events": []}
@@ -202,7 +204,8 @@ class AlignmentMix:
         example = Example().add(frame.before_user, trained=False)
         parts = encoder.history_parts(window[:-1].tolist(), own=own)
         history = [token for ids, _ in parts for token in ids]
-        for piece in encoder.render(recommend["user"], history=history):
+        slots = {"history": history, "shortlist": encoder.shortlist(window[:-1].tolist(), own=own)}
+        for piece in encoder.render(recommend["user"], **slots):
             pieces = parts if piece == history else [(piece, False)]
             for ids, is_event in pieces:
                 example.add(ids, trained=is_event)
