@@ -465,7 +465,9 @@ def test_what_is_kept_lies_between_the_backbone_and_what_was_trained(
         assert torch.equal(kept[0.0][name][len(start) :], kept[0.25][name][len(start) :])
 
 
-def test_a_share_of_the_backbone_that_cannot_be_is_told(prepared_run, backbone) -> None:
+def test_settings_that_cannot_be_are_told(prepared_run, backbone) -> None:
+    with pytest.raises(ValueError, match="replay_epochs must not lie below 0"):
+        align(prepared_run, make_recipe(backbone, replay_epochs=-1))
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         align(prepared_run, make_recipe(backbone, lora_rank=0, backbone_share=1.5))
     with pytest.raises(ValueError, match="set lora_rank: 0"):

@@ -55,6 +55,8 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         raise ValueError(
             "neighbour_decay must lie between 0 and 1, and neighbour_damping not below 0"
         )
+    if recipe.replay_epochs < 0:
+        raise ValueError(f"replay_epochs must not lie below 0, not {recipe.replay_epochs}")
     if not 0 <= recipe.backbone_share <= 1:
         raise ValueError(f"backbone_share must lie between 0 and 1, not {recipe.backbone_share}")
     if recipe.backbone_share and (recipe.lora_rank or recipe.checkpoint):
@@ -173,6 +175,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 recipe.jitter_events,
                 recipe.withheld,
                 recipe.replays,
+                recipe.replay_epochs,
             ),
             epochs=settings.pop("epochs"),
             seed=recipe.seed,

@@ -42,6 +42,7 @@ class MixSizes:
             that is drawn anew each epoch, and how much it may change too.
         withheld: share of the items whose text is never shown (`catalog/withheld.py`).
         replays: replies of the backbone that are replayed in an epoch; all of them when None.
+        replay_epochs: the last epochs that replay, as many in all as if every epoch did; 0 for all.
     """
 
     captions: float
@@ -51,6 +52,7 @@ class MixSizes:
     jitter_events: float = 0.0
     withheld: float = 0.0
     replays: int | None = None
+    replay_epochs: int = 0
 
 
 class AlignmentMix:
@@ -81,6 +83,7 @@ class AlignmentMix:
         self.sequences = [sequence for sequence in sequences if len(sequence) >= 2]
         self.sizes = sizes
         self.seed = seed
+        self.epochs = epochs
         self.replies = list(replies)
         self._texts = [encoder.text(item_text(item)) for item in items]
         # Text tasks know nothing of withheld items; sequences are as they are.
@@ -178,10 +181,19 @@ class AlignmentMix:
             plan += [(task, int(item), 0) for item in chosen]
         told = round(self.sizes.personas * len(self._stories))
         plan += [("persona", int(user), 0) for user in rng.permutation(len(self._stories))[:told]]
-        there = len(self.replies)
-        every = there if self.sizes.replays is None else min(self.sizes.replays, there)
-        plan += [("replay", (epoch * every + n) % there, 0) for n in range(every)]
+        plan += [("replay", reply, 0) for reply in self._replayed(epoch)]
         return plan
+
+    def _replayed(self, epoch: int) -> list[int]:
+        """Which replies an epoch replays: all in turn, none twice in one epoch."""
+        there, wanted = len(self.replies), self.sizes.replays
+        replaying = min(self.sizes.replay_epochs or self.epochs, self.epochs)
+        turn = epoch - (self.epochs - replaying)
+        if turn < 0:
+            return []
+        average = there if wanted is None else wanted
+        every = min(round(average * self.epochs / replaying), there)
+        return [(turn * every + n) % there for n in range(every)]
 
     def _window(self, index: int) -> np.ndarray:
         """The events of a sequence example, some left out and some out of order where asked."""
