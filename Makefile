@@ -66,9 +66,15 @@ beauty: .venv/ready
 	$(WHYREC) evaluate runs/beauty/model/aligned --run runs/beauty --language \
 		--prior auto --sasrec recipes/beauty/sasrec.yaml --tiger recipes/beauty/tiger.yaml
 
-# The tests of `serve` run a real vLLM on the CPU; those that share one are a group.
+KERNEL_TESTS := tests/backbone/test_short_attention.py tests/backbone/test_lean_blocks.py \
+	tests/train/test_text_loss.py tests/sid/test_legal_loss.py
+
+# The tests of `serve` run a real vLLM on the CPU; those that share one are a group. Kernels run in
+# Triton's interpreter, in a process of their own: vLLM on a CPU does not load beside Triton.
 test: lint .venv/serve .venv/triton thinking
 	.venv/bin/python -m pytest -n 2 --dist loadgroup
+	test ! -e .venv/triton || PYTHONPATH=.venv/triton TRITON_INTERPRET=1 \
+		.venv/bin/python -m pytest -n 2 $(KERNEL_TESTS)
 
 lint: .venv/ready
 	.venv/bin/ruff check .
