@@ -32,6 +32,7 @@ from whyrec.decode.thought_ranking import (
     rank_thinking,
     speaks_most,
 )
+from whyrec.decode.views import rank_views
 from whyrec.sid.vocabulary import sid_text
 
 
@@ -151,6 +152,27 @@ class Recommender:
             self.decoder,
             self.encoder,
             histories,
+            width=width,
+            max_history=self.settings.max_history,
+            exclude_history=exclude_history,
+            progress=progress,
+        )
+
+    def rank_views(
+        self,
+        histories: Sequence[np.ndarray],
+        *,
+        views: int,
+        width: int,
+        exclude_history: Sequence[bool] = (True,),
+        progress: str = "",
+    ) -> list[Ranking]:
+        """Rank over several views of each history; see `views.rank_views`."""
+        return rank_views(
+            self.decoder,
+            self.encoder,
+            histories,
+            views=views,
             width=width,
             max_history=self.settings.max_history,
             exclude_history=exclude_history,

@@ -35,6 +35,7 @@ from whyrec.evaluation.thinking import (
     thought_settings,
 )
 from whyrec.evaluation.traces import trace_figures
+from whyrec.evaluation.views import view_rows
 from whyrec.stage import fingerprint, read_stage
 
 
@@ -54,6 +55,7 @@ def evaluate(
     temperature: float | None = None,
     traces: bool = False,
     against: Path | None = None,
+    views: int = 0,
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -76,15 +78,17 @@ def evaluate(
         traces: measure the traces too and write `run/eval/traces.parquet`.
         against: another model of the run, such as that of an earlier stage, to be compared with
             by user; thinking with thinking, where it thinks.
+        views: of each history, ranked without thinking and mixed (`decode/views.py`), in rows
+            `whyrec-views`; 0 for no such rows.
         command: how this was called, for the record.
         json_path: where the record is written besides.
 
     Returns:
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
         `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC`,
-        `fused_gain/METRIC` and `against/ROW/METRIC` (shares, history excluded), `cost/...`,
-        `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without thinking, both ways),
-        `language/...` and `caption/...`.
+        `fused_gain/METRIC`, `views_gain/METRIC` and `against/ROW/METRIC` (shares, history
+        excluded), `cost/...`, `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without
+        thinking, both ways), `language/...` and `caption/...`.
 
     Raises:
         ValueError: when the model belongs to another catalogue or cannot think, or the split holds
@@ -96,6 +100,10 @@ def evaluate(
         raise ValueError(f"the prior's weight must lie between 0 and 1, not {prior_weight}")
     if think == "on" and prior_weight is not None:
         raise ValueError("the prior is mixed with rankings without thinking; use --think both")
+    if think == "on" and views:
+        raise ValueError("views are ranked without thinking; use --think both")
+    if views < 0:
+        raise ValueError(f"views must not lie below 0, not {views}")
     if traces and think == "off":
         raise ValueError("there are no traces without thinking; use --think on or both")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
@@ -116,6 +124,12 @@ def evaluate(
     if think != "on":
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
         extra["evaluate/seconds"] = time.perf_counter() - start
+    if views:
+        plain = rows["whyrec"]["excluded"]
+        rows["whyrec-views"], figures_of_views = view_rows(
+            recommender, examples, plain, views=views, beams=beams, split=split
+        )
+        extra |= figures_of_views
     if think != "off":
         thinking = rank_after_thinking(
             recommender, examples, beams=beams, split=split, settings=settings
