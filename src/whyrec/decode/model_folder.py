@@ -76,6 +76,11 @@ class Settings:
     text_tokens: int = 0
     shortlist: int = 0
 
+    @property
+    def looks_up_visits(self) -> bool:
+        """Whether prompts tell what others chose, so that the model goes with their counts."""
+        return bool(self.neighbours or self.shortlist)
+
     def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
         """The notes of this model's prompts; None where it has none.
 
@@ -100,7 +105,7 @@ class Settings:
         return Notes(
             self.note_events,
             self.neighbours,
-            CoVisits.load(visits, item_ids=ids) if self.neighbours or self.shortlist else None,
+            CoVisits.load(visits, item_ids=ids) if self.looks_up_visits else None,
             decay=self.neighbour_decay,
             damping=self.neighbour_damping,
             grades=self.neighbour_grades,
@@ -139,7 +144,7 @@ def save_model_folder(
     tokenizer.save_pretrained(folder)
     name_weights(folder)
     shutil.copyfile(dataset_folder / "items.parquet", folder / "items.parquet")
-    noted = [COVISITS_FILE] if settings.neighbours or settings.shortlist else []
+    noted = [COVISITS_FILE] if settings.looks_up_visits else []
     for name in [*CATALOGUE_FILES, *noted]:
         shutil.copyfile(sids_folder / name, folder / name)
     (folder / "prompts").mkdir(exist_ok=True)

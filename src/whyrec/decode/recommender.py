@@ -23,7 +23,7 @@ import torch
 from whyrec.catalog.dataset import nearest_ids
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.model_folder import ModelFolder, load_model_folder
-from whyrec.decode.ranking import Ranking, rank_histories
+from whyrec.decode.ranking import Ranking
 from whyrec.decode.think import Thinker, ThoughtSettings
 from whyrec.decode.thought_ranking import (
     ThoughtRanking,
@@ -144,30 +144,11 @@ class Recommender:
         histories: Sequence[np.ndarray],
         *,
         width: int,
+        views: int = 1,
         exclude_history: Sequence[bool] = (True,),
         progress: str = "",
     ) -> list[Ranking]:
-        """Rank the catalogue for many histories of item indices; see `rank_histories`."""
-        return rank_histories(
-            self.decoder,
-            self.encoder,
-            histories,
-            width=width,
-            max_history=self.settings.max_history,
-            exclude_history=exclude_history,
-            progress=progress,
-        )
-
-    def rank_views(
-        self,
-        histories: Sequence[np.ndarray],
-        *,
-        views: int,
-        width: int,
-        exclude_history: Sequence[bool] = (True,),
-        progress: str = "",
-    ) -> list[Ranking]:
-        """Rank over several views of each history; see `views.rank_views`."""
+        """Rank the catalogue for many histories of item indices; see `views.rank_views`."""
         return rank_views(
             self.decoder,
             self.encoder,

@@ -3,8 +3,8 @@
     p(item | history) ≈ Σ p(item | view) / V
 
 The first view is the history itself. The others leave events out and jitter their order, as
-alignment's augmentation does (`train/mix.py`), each a history that its user might have had. What
-depends on one event or on an exact order counts for less, what all of them say for more (test-time
+alignment does (`catalog/augment.py`), each a history that its user might have had. What depends on
+one event or on an exact order counts for less, what all of them say for more (test-time
 augmentation; Krizhevsky et al. 2012). A view costs what a ranking costs.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from whyrec.catalog.augment import altered
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.ranking import Ranking, rank_prompts, written
 from whyrec.decode.thought_ranking import fuse
@@ -49,10 +50,12 @@ def rank_views(
             histories,
             width=width,
             exclude_history=exclude_history,
-            progress=f"{progress}, view {view + 1} of {views}" if progress else "",
+            progress=progress,
         )
         for view in range(views)
     ]
+    if views == 1:
+        return by_view[0]
     return [
         fuse(rankings, weights=[1] * views, width=width) for rankings in zip(*by_view, strict=True)
     ]
@@ -60,14 +63,11 @@ def rank_views(
 
 def view_of(histories: Sequence[np.ndarray], view: int) -> list[np.ndarray]:
     """The same view of each history, never empty where it is not; view 0 is the history."""
+    if view == 0:
+        return list(histories)
     return [
-        _seen(history, view, place) if view else history for place, history in enumerate(histories)
+        altered(
+            history, np.random.default_rng((view, place)), drop=_DROPPED, jitter=_JITTER, least=1
+        )
+        for place, history in enumerate(histories)
     ]
-
-
-def _seen(history: np.ndarray, view: int, place: int) -> np.ndarray:
-    rng = np.random.default_rng((view, place))
-    kept_H = rng.random(len(history)) >= _DROPPED
-    seen = history[kept_H] if kept_H.any() else history[-1:]
-    order = np.arange(len(seen)) + rng.random() * _JITTER * rng.random(len(seen))
-    return seen[order.argsort(kind="stable")]

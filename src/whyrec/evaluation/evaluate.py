@@ -31,11 +31,11 @@ from whyrec.evaluation.thinking import (
     fused_rankings,
     model_gains,
     rank_after_thinking,
+    row_gains,
     think_gains,
     thought_settings,
 )
 from whyrec.evaluation.traces import trace_figures
-from whyrec.evaluation.views import view_rows
 from whyrec.stage import fingerprint, read_stage
 
 
@@ -125,11 +125,14 @@ def evaluate(
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
         extra["evaluate/seconds"] = time.perf_counter() - start
     if views:
-        plain = rows["whyrec"]["excluded"]
-        rows["whyrec-views"], figures_of_views = view_rows(
-            recommender, examples, plain, views=views, beams=beams, split=split
+        start = time.perf_counter()
+        rows["whyrec-views"] = _rank(recommender, examples, beams=beams, split=split, views=views)
+        extra["cost/views/seconds"] = (time.perf_counter() - start) / len(examples)
+        extra |= row_gains(
+            rows["whyrec"]["excluded"],
+            {"views": rows["whyrec-views"]["excluded"]},
+            examples.targets_E,
         )
-        extra |= figures_of_views
     if think != "off":
         thinking = rank_after_thinking(
             recommender, examples, beams=beams, split=split, settings=settings
@@ -233,11 +236,12 @@ def _check_catalogue(recommender: Recommender, dataset: Dataset, model: Path, ru
 
 
 def _rank(
-    recommender: Recommender, examples: Examples, *, beams: int, split: str
+    recommender: Recommender, examples: Examples, *, beams: int, split: str, views: int = 1
 ) -> dict[str, Ranking]:
     rankings = recommender.rank(
         examples.histories,
         width=beams,
+        views=views,
         exclude_history=list(HISTORIES.values()),
         progress=f"ranking for {split} users",
     )

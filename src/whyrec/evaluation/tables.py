@@ -106,10 +106,7 @@ def render_each(records: Sequence[Mapping]) -> str:
         cells.append(f"× {figures[ratio]:.2f}" if ratio in figures else "–")
         name = entry["name"].removesuffix(" valid").replace("-", " ")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    devices = ", ".join(dict.fromkeys(entry["device"] for entry in records))
-    seeds = ", ".join(str(seed) for seed in sorted({entry["seed"] for entry in records}))
-    word = "seeds" if "," in seeds else "seed"
-    return "\n".join(lines) + f"\n\nValidation, history excluded; {word} {seeds}; {devices}.\n"
+    return "\n".join(lines) + f"\n\nValidation, history excluded; {_seeds_and_devices(records)}.\n"
 
 
 def fill(text: str, *, results: Path, published: Path) -> str:
@@ -274,11 +271,15 @@ def _number(value: float) -> str:
 def _provenance(records: Sequence[Mapping]) -> str:
     """One line: by which commands, on which device, which seeds."""
     commands = list(dict.fromkeys(entry["command"] for entry in records if entry["command"]))
-    devices = list(dict.fromkeys(entry["device"] for entry in records))
-    seeds = sorted({entry["seed"] for entry in records})
     by = f"Measured by {', '.join(f'`{command}`' for command in commands)}; " if commands else ""
+    return f"{by}{_seeds_and_devices(records)}."
+
+
+def _seeds_and_devices(records: Sequence[Mapping]) -> str:
+    devices = dict.fromkeys(entry["device"] for entry in records)
+    seeds = sorted({entry["seed"] for entry in records})
     word = "seed" if len(seeds) == 1 else "seeds"
-    return f"{by}{word} {', '.join(map(str, seeds))}; {', '.join(devices)}."
+    return f"{word} {', '.join(map(str, seeds))}; {', '.join(devices)}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from whyrec.catalog.augment import altered
 from whyrec.catalog.dataset import Item
 from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import Example, PromptEncoder, item_text
@@ -202,13 +203,9 @@ class AlignmentMix:
         window = self.sequences[user][max(start, 0) : start + sizes.max_history + 1]
         if not (sizes.drop_events or sizes.jitter_events):
             return window
-        rng = self._rng(index)
-        kept = np.flatnonzero(rng.random(len(window)) >= sizes.drop_events)
-        window = window[kept] if len(kept) >= 2 else window[-2:]
-        places = np.arange(len(window)) + rng.random() * sizes.jitter_events * rng.random(
-            len(window)
+        return altered(
+            window, self._rng(index), drop=sizes.drop_events, jitter=sizes.jitter_events, least=2
         )
-        return window[np.argsort(places, kind="stable")]
 
     def _sequence(self, window: np.ndarray, *, own: np.ndarray) -> Example:
         encoder, recommend = self.encoder, self.encoder.recommend
