@@ -169,6 +169,7 @@ def test_text_alone(run, random_vectors):
         ({"last_level": "last"}, "last_level must be"),
         ({"level_sizes": (256,)}, "two or more"),
         ({"collaborative_weight": -1.0}, "must not be negative"),
+        ({"words_dim": -1}, "must not be negative"),
         ({"window": 0}, "window and iterations must be 1 or more"),
         ({"embedder": "backbone:x"}, "needs a function that loads the backbone"),
     ],
@@ -264,6 +265,25 @@ def test_new_items_of_a_kind_join_their_kind(finished):
     )
     assert new.shape == (1, 3)
     assert len(torch.unique(torch.cat([codes_NL, new]), dim=0)) == NUM_ITEMS + 1
+
+
+def test_words_join_the_text_and_new_items_borrow_them(run):
+    index(run, IndexRecipe(**SMALL, words_dim=5))
+    sids, dataset = run / "sids", Dataset.load(run / "dataset")
+    tensors = load_file(sids / "embeddings.safetensors")
+    assert tensors["words_ND"].shape == (NUM_ITEMS, 5)
+    assert tensors["vectors_ND"].shape == (NUM_ITEMS, 384 + 5 + 6)
+    joined_ND = torch.cat([tensors["text_ND"], 4 / 3 * tensors["words_ND"]], dim=1) * 0.6
+    assert torch.allclose(tensors["vectors_ND"][:, :389], joined_ND, atol=1e-6)
+    codes_NL = read_sids(sids / "sids.parquet", item_ids(dataset))
+    new = encode_new_items(
+        [Item("new", "shampoo no. 3", "", ("shampoo",))],
+        codes_NL,
+        embeddings=sids / "embeddings.safetensors",
+        codebooks=sids / "codebooks.safetensors",
+    )
+    shampoos = {tuple(codes_NL[n, :1].tolist()) for n in range(3, NUM_ITEMS, 4)}
+    assert tuple(new[0, :1].tolist()) in shampoos
 
 
 def test_embedding_with_a_backbone(run, random_vectors, monkeypatch):

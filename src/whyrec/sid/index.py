@@ -1,6 +1,7 @@
 """`whyrec index`: from items and training events to SIDs, trie and report.
 
     text of an item  ->  embedding of length 1                                   (embed.py)
+    words of its title and brand  ->  word vector, optional                      (words.py)
     training events  ->  collaborative vector of length 1, optional              (collaborative.py)
     text ⊕ weight × collaborative  ->  codebooks                                 (quantizers.py)
     nearest codes, made unique  ->  sids.parquet, trie.safetensors               (assign.py)
@@ -33,6 +34,7 @@ from whyrec.sid.embed import embed_texts, embed_with_backbone, item_text
 from whyrec.sid.quantizers import QUANTIZERS, Quantizer, load_quantizer
 from whyrec.sid.report import sid_report, summary_lines
 from whyrec.sid.trie import Trie
+from whyrec.sid.words import with_words, word_vectors
 from whyrec.stage import run_stage, write_json
 
 BACKBONE_PREFIX = "backbone:"
@@ -49,6 +51,7 @@ class IndexRecipe:
         level_sizes: codes at each level; an item's SID has one code a level.
         last_level: "nearest" (a code with a meaning, as unique as it takes) or "index" (TIGER:
             numbers the items that share all codes before it).
+        words_dim: width of the word vector, which joins the text vector; 0 leaves it out.
         collaborative_dim: width of the collaborative vector; 0 leaves it out.
         collaborative_weight: its length beside the text vector's 1.
         window: events between two items that still count as used together.
@@ -62,6 +65,7 @@ class IndexRecipe:
     quantizer: str = "residual-kmeans"
     level_sizes: tuple[int, ...] = (256, 256, 256, 256)
     last_level: str = "nearest"
+    words_dim: int = 0
     collaborative_dim: int = 64
     collaborative_weight: float = 1.0
     window: int = 5
@@ -148,7 +152,7 @@ def encode_new_items(
         items: M new items.
         taken_codes_NL: the SIDs of the catalogue.
         embeddings: its `embeddings.safetensors`, for the embedder's name and, where SIDs are
-            partly collaborative, for neighbours to borrow from.
+            partly of words or collaborative, for neighbours to borrow from.
         codebooks: its `codebooks.safetensors`.
         load_backbone: as for `index`.
     """
@@ -160,14 +164,21 @@ def encode_new_items(
         collaborative_NC = (
             file.get_tensor("collaborative_ND") if "collaborative_ND" in names else None
         )
+        words_NW = file.get_tensor("words_ND") if "words_ND" in names else None
     new_text_MD = _embed([item_text(i) for i in items], settings["embedder"], load_backbone)
-    new_collaborative_MC = None
-    if collaborative_NC is not None:
-        new_collaborative_MC = borrow_from_neighbours(
-            new_text_MD, known_text_ND=text_ND, known_vectors_NC=collaborative_NC
+
+    def borrowed(known_vectors_NC: Tensor | None) -> Tensor | None:
+        if known_vectors_NC is None:
+            return None
+        return borrow_from_neighbours(
+            new_text_MD, known_text_ND=text_ND, known_vectors_NC=known_vectors_NC
         )
-    weight = float(settings["collaborative_weight"])
-    vectors_MD = fuse(new_text_MD, new_collaborative_MC, weight=weight)
+
+    vectors_MD = fuse(
+        with_words(new_text_MD, borrowed(words_NW)),
+        borrowed(collaborative_NC),
+        weight=float(settings["collaborative_weight"]),
+    )
     last_level: LastLevel = "index" if settings["last_level"] == "index" else "nearest"
     return assign_new(vectors_MD, taken_codes_NL, quantizer, last_level=last_level)
 
@@ -182,8 +193,10 @@ def _check(recipe: IndexRecipe) -> None:
         raise ValueError(
             f"level_sizes must be two or more positive numbers, not {list(recipe.level_sizes)}"
         )
-    if min(recipe.collaborative_dim, recipe.collaborative_weight) < 0:
-        raise ValueError("collaborative_dim and collaborative_weight must not be negative")
+    if min(recipe.words_dim, recipe.collaborative_dim, recipe.collaborative_weight) < 0:
+        raise ValueError(
+            "words_dim, collaborative_dim and collaborative_weight must not be negative"
+        )
     if min(recipe.window, recipe.iterations) < 1:
         raise ValueError("window and iterations must be 1 or more")
 
@@ -228,6 +241,10 @@ def _item_vectors(
 ) -> dict[str, Tensor]:
     texts = [item_text(item) for item in dataset.items]
     tensors = {"text_ND": _embed(texts, recipe.embedder, load_backbone)}
+    words_NW = None
+    if recipe.words_dim:
+        words_NW = word_vectors(dataset.items, dim=recipe.words_dim, seed=recipe.seed)
+        tensors["words_ND"] = words_NW
     collaborative_NC = None
     if recipe.collaborative_dim:
         collaborative_NC = collaborative_vectors(
@@ -246,7 +263,8 @@ def _item_vectors(
         tensors["collaborative_ND"] = collaborative_NC
     weight = recipe.collaborative_weight
     # a copy, because a safetensors file may not hold one tensor under two names
-    tensors["vectors_ND"] = fuse(tensors["text_ND"], collaborative_NC, weight=weight).clone()
+    joined_ND = with_words(tensors["text_ND"], words_NW)
+    tensors["vectors_ND"] = fuse(joined_ND, collaborative_NC, weight=weight).clone()
     return tensors
 
 

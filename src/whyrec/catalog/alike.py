@@ -1,0 +1,168 @@
+"""Which items are alike by the words of their titles and brands.
+
+    cosine(i, j) = tfidf(i) · tfidf(j)          over words, weights 1 + log tf, each of length 1
+    score(j | i) = cosine(i, j)² · (events of j + 1) ** popularity
+
+(Salton & Buckley 1988). Counts (`catalog/covisits.py`) say nothing of an item that few have chosen
+yet; its words do: the same brand, the same series, the refill of what somebody has.
+
+Dimensions: N items, K nearest, H events of a user.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import sparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tqdm import tqdm
+
+from whyrec.catalog.dataset import Item, write_table
+
+POPULARITY = 0.25
+_KEPT = 32  # nearest of an item that are kept
+_BLOCK = 512  # items compared with all others at once
+# Scripts that put no space between words: each sign is one.
+_SIGNS = "\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[^\W_{_SIGNS}]+|[{_SIGNS}]")
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The nearest items of each.
+
+    Attributes:
+        near_NK: int32, best first; -1 where there are fewer.
+        cosines_NK: float32; 0 where there is none.
+    """
+
+    near_NK: np.ndarray
+    cosines_NK: np.ndarray
+
+    @classmethod
+    def measure(cls, items: Sequence[Item], *, kept: int = _KEPT) -> "Alike":
+        """Compare all items with all others; those without words are like none.
+
+        Args:
+            items: N items.
+            kept: K at most.
+        """
+        kept = min(kept, max(len(items) - 1, 0))
+        near_NK = np.full((len(items), kept), -1, dtype=np.int32)
+        cosines_NK = np.zeros((len(items), kept), dtype=np.float32)
+        weights_NV = word_weights(items)
+        if kept and weights_NV.nnz:
+            starts = range(0, len(items), _BLOCK)
+            for start in tqdm(
+                starts, desc="alike", unit="block", leave=False, disable=len(starts) < 100
+            ):
+                found_BN = (weights_NV[start : start + _BLOCK] @ weights_NV.T).tocsr()
+                for row, item in enumerate(range(start, min(start + _BLOCK, len(items)))):
+                    best, cosines = _nearest(found_BN, row, item=item, kept=kept)
+                    near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
+        return cls(near_NK, cosines_NK)
+
+    def best(
+        self,
+        item: int,
+        *,
+        k: int,
+        events_N: np.ndarray,
+        own: Sequence[int] | np.ndarray = (),
+        without: Sequence[int] | np.ndarray = (),
+        popularity: float = POPULARITY,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The items that are most like one and liked, best first.
+
+        Args:
+            item: the item; one that is newer than the measurement is like none.
+            k: how many at most.
+            events_N: training events of each item.
+            own: the user's training sequence, whose events do not count.
+            without: items that are not to be among them.
+            popularity: power of an item's events; 0 leaves the cosines alone.
+
+        Returns:
+            Items and scores, fewer than k where few share any word.
+
+        Example:
+            >>> shampoo, refill, comb = (Item(t, t) for t in ("blue shampoo", "shampoo", "comb"))
+            >>> Alike.measure([shampoo, refill, comb]).best(0, k=2, events_N=np.zeros(3))[0]
+            array([1], dtype=int32)
+        """
+        if item >= len(self.near_NK):
+            return np.empty(0, np.int32), np.empty(0)
+        near_K, cosines_K = self.near_NK[item], self.cosines_NK[item]
+        here_K = near_K >= 0
+        if len(without):
+            here_K &= ~np.isin(near_K, without)
+        near_C, scores_C = near_K[here_K], cosines_K[here_K].astype(np.float64) ** 2
+        if popularity:
+            mine_C = (near_C[:, None] == np.asarray(own)).sum(1) if len(own) else 0
+            scores_C *= (np.maximum(events_N[near_C] - mine_C, 0) + 1) ** popularity
+        order = np.argsort(-scores_C, kind="stable")[:k]
+        return near_C[order], scores_C[order]
+
+    def save(self, path: Path, *, item_ids: Sequence[str]) -> None:
+        """Write Parquet, one row an item: its id, and rows and cosines of its nearest."""
+        columns = {
+            "item_id": pa.array(item_ids, pa.string()),
+            "near": pa.array(self.near_NK.tolist(), pa.list_(pa.int32())),
+            "cosines": pa.array(self.cosines_NK.tolist(), pa.list_(pa.float32())),
+        }
+        write_table(path, pa.table(columns))
+
+    @classmethod
+    def load(cls, path: Path, *, item_ids: Sequence[str]) -> "Alike":
+        """Read what `save` wrote, for a catalogue that may have gained and lost items since.
+
+        Args:
+            path: the file.
+            item_ids: of the catalogue; new items are like none, lost ones are nobody's.
+
+        Raises:
+            ValueError: when it is not there, or damaged.
+        """
+        try:
+            table = pq.read_table(path)
+            known = table["item_id"].to_pylist()
+            near_RK = np.array(table["near"].to_pylist(), dtype=np.int64).reshape(len(known), -1)
+            cosines_RK = np.array(table["cosines"].to_pylist(), np.float32).reshape(near_RK.shape)
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"cannot read which items are alike from {path} ({error}); copy the model folder "
+                "again, or train it again"
+            ) from None
+        place = {item_id: index for index, item_id in enumerate(item_ids)}
+        index_R = np.array([place.get(item_id, -1) for item_id in known], dtype=np.int64)
+        near_NK = np.full((len(item_ids), near_RK.shape[1]), -1, dtype=np.int32)
+        cosines_NK = np.zeros(near_NK.shape, dtype=np.float32)
+        here_R = index_R >= 0
+        # -1, which is no item, finds the -1 behind the last one.
+        near_NK[index_R[here_R]] = np.append(index_R, -1)[near_RK[here_R]]
+        cosines_NK[index_R[here_R]] = cosines_RK[here_R]
+        return cls(near_NK, np.where(near_NK >= 0, cosines_NK, 0))
+
+
+def word_weights(items: Sequence[Item]) -> sparse.csr_matrix:
+    """TF-IDF of the words of titles and brands: float32 [N, V], rows of length 1, or 0 if empty."""
+    words = [_WORD.findall(f"{item.brand} {item.title}".lower()) for item in items]
+    if not any(words):
+        return sparse.csr_matrix((len(items), 1), dtype=np.float32)
+    vectorizer = TfidfVectorizer(analyzer=list, sublinear_tf=True, dtype=np.float32)
+    return vectorizer.fit_transform(words).tocsr()
+
+
+def _nearest(
+    found_BN: sparse.csr_array, row: int, *, item: int, kept: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The items of the highest cosines in a row, of equal ones the lower index first."""
+    begin, end = found_BN.indptr[row], found_BN.indptr[row + 1]
+    others, cosines = found_BN.indices[begin:end], found_BN.data[begin:end]
+    order = np.lexsort((others, -cosines))[: kept + 1]
+    order = order[others[order] != item][:kept]
+    return others[order], cosines[order]

@@ -1,0 +1,94 @@
+"""Which items are alike: against brute force, and through files whose catalogue changes."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from whyrec.catalog.alike import Alike
+from whyrec.catalog.dataset import Item
+
+WORDS = ["red", "blue", "shoe", "hat", "Oz", "12", "ÄRMEL"]
+titles = st.lists(st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join), max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(titles=titles, kept=st.integers(0, 4))
+def test_the_nearest_are_those_of_all_pairs(titles: list[str], kept: int) -> None:
+    items = [Item(str(n), title) for n, title in enumerate(titles)]
+    alike = Alike.measure(items, kept=kept)
+    kept = min(kept, max(len(items) - 1, 0))
+    assert alike.near_NK.shape == alike.cosines_NK.shape == (len(items), kept)
+    if not any(titles):
+        assert (alike.near_NK == -1).all()
+        return
+    vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)
+    weights_NV = vectorizer.fit_transform(titles).toarray()
+    cosines_NN = weights_NV @ weights_NV.T
+    np.fill_diagonal(cosines_NN, 0)
+    for item, near_K in enumerate(alike.near_NK):
+        known = near_K[near_K >= 0]
+        assert item not in known and len(set(known)) == len(known)
+        expected = np.sort(cosines_NN[item])[::-1][:kept]
+        assert alike.cosines_NK[item] == pytest.approx(expected, abs=1e-6)
+        assert cosines_NN[item, known] == pytest.approx(expected[: len(known)], abs=1e-6)
+        assert (expected[len(known) :] == 0).all()
+
+
+def test_brands_count_and_each_sign_of_scripts_without_spaces_is_a_word() -> None:
+    items = [
+        Item("a", "唇膏 红", "Acme"),
+        Item("b", "口红"),
+        Item("c", "tin"),
+        Item("d", "", "ACME"),
+    ]
+    near = Alike.measure(items).near_NK
+    assert set(near[0, :2].tolist()) == {1, 3} and (near[2] == -1).all() and near[3, 0] == 0
+
+
+def test_liked_items_come_first_but_not_for_ones_own_events() -> None:
+    items = [Item(str(n), title) for n, title in enumerate(["red", "red hat", "red bag", "tin"])]
+    alike = Alike.measure(items)
+    events_N = np.array([0.0, 1.0, 9.0, 50.0])
+    best, scores = alike.best(0, k=9, events_N=events_N)
+    cosine = alike.cosines_NK[0, 0]
+    assert best.tolist() == [2, 1]
+    assert scores == pytest.approx([cosine**2 * 10**0.25, cosine**2 * 2**0.25])
+    assert alike.best(0, k=9, events_N=events_N, own=[2] * 9)[0].tolist() == [1, 2]
+    assert alike.best(0, k=9, events_N=events_N, popularity=0)[0].tolist() == [1, 2]
+    assert alike.best(0, k=1, events_N=events_N)[0].tolist() == [2]
+    assert alike.best(0, k=9, events_N=events_N, without=[2, 3])[0].tolist() == [1]
+    assert alike.best(3, k=9, events_N=events_N)[0].tolist() == []
+    assert alike.best(7, k=9, events_N=events_N)[0].tolist() == []  # came after the measurement
+
+
+def test_a_file_outlives_changes_of_the_catalogue(tmp_path: Path) -> None:
+    items = [Item(n, title) for n, title in zip("abcd", ["red", "red hat", "hat", ""], strict=True)]
+    alike = Alike.measure(items)
+    alike.save(tmp_path / "alike.parquet", item_ids=list("abcd"))
+    same = Alike.load(tmp_path / "alike.parquet", item_ids=list("abcd"))
+    assert np.array_equal(same.near_NK, alike.near_NK)
+    assert np.array_equal(same.cosines_NK, alike.cosines_NK)
+    # "a" is gone, "new" has come, and the order is another
+    other = Alike.load(tmp_path / "alike.parquet", item_ids=["new", "c", "d", "b"])
+    events_N = np.zeros(4)
+    assert [other.best(n, k=3, events_N=events_N)[0].tolist() for n in range(4)] == [
+        [],
+        [3],
+        [],
+        [1],
+    ]
+
+
+def test_a_damaged_file_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "alike.parquet"
+    with pytest.raises(ValueError, match="cannot read which items are alike"):
+        Alike.load(path, item_ids=["a"])
+    pq.write_table(pa.table({"item_id": ["a"]}), path)
+    with pytest.raises(ValueError, match="copy the model folder again"):
+        Alike.load(path, item_ids=["a"])
