@@ -123,3 +123,21 @@ def test_tuned_co_visitation_is_no_worse_on_the_users_that_chose_it() -> None:
         for damping in (0.0, 0.5)
     ]
     assert reached(tuned) >= max(map(reached, every))
+
+
+def test_words_rank_what_shares_them_with_the_newest_events() -> None:
+    titles = ["red shoe", "red hat", "blue shoe", "green scarf", ""]
+    items = [Item(str(n), title) for n, title in enumerate(titles)]
+    dataset = Dataset(items, ["u"], [np.arange(2)], [np.zeros(2, np.int8)])
+    scores_BN = baselines.common_words(dataset)([np.array([0]), np.array([0, 3]), np.array([4])])
+    assert scores_BN[0, 1] > scores_BN[0, 2] > scores_BN[0, 3] == 0  # the hat was chosen once
+    assert scores_BN[1] == pytest.approx(0.7 * scores_BN[0]) and not scores_BN[2].any()
+
+
+def test_counts_and_words_are_no_worse_than_counts() -> None:
+    dataset = small_dataset(seed=3, users=60)
+    valid = dataset.examples("valid")
+    counts = baselines.tuned_co_visitation(dataset, users=0)
+    both = baselines.tuned_counts_and_words(dataset, counts, users=0)
+    assert baselines._reached(both, valid) >= baselines._reached(counts, valid)
+    assert both([np.arange(2)]).shape == (1, len(dataset.items))

@@ -138,7 +138,7 @@ def test_the_record(run, tmp_path) -> None:
     assert in_run["figures"] == figures
     assert figures["evaluate/seconds"] > 0
     models = {key.split("/")[0] for key in figures} - {"gain_over", "evaluate"}
-    counted = {"popularity", "co-visitation", "co-visitation-tuned"}
+    counted = {"popularity", "co-visitation", "co-visitation-tuned", "counts-and-words"}
     assert models == {"whyrec", "sasrec"} | counted
     for model in models:
         for history in ("excluded", "kept"):

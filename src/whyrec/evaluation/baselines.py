@@ -6,7 +6,9 @@ and scores a candidate by the last 10 history items, newest first with weights 1
 divided by the square root of the candidate's training events plus one; its tuned twin chooses these
 weights and this power on the validation split. It is the item-to-item
 table of classic shops (Linden, Smith & York 2003), and on Amazon reviews it reaches published
-generative models.
+generative models. *Counts and words* adds the items whose titles and brands share words with those
+of the history (`catalog/alike.py`), which counts of new items cannot know: no learning either, and
+on Amazon Beauty above everything else that is not a language model.
 
 A model is a function from a batch of histories to scores over the whole catalogue:
 
@@ -22,6 +24,7 @@ import torch
 from scipy import sparse
 from tqdm import tqdm
 
+from whyrec.catalog.alike import POPULARITY, Alike
 from whyrec.catalog.covisits import BACKWARD, WINDOW, event_counts, pair_counts
 from whyrec.catalog.dataset import Dataset, Examples
 from whyrec.evaluation.metrics import ranking_metrics
@@ -29,6 +32,7 @@ from whyrec.evaluation.metrics import ranking_metrics
 # histories (int32 item indices, oldest first) → scores_BN over all items, higher is better
 ScoreFn = Callable[[Sequence[np.ndarray]], np.ndarray]
 _DECAYS, _DAMPINGS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0.0, 0.25, 0.5)
+_WORD_WEIGHTS = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0)
 _TUNED_ON = 4000
 _LAST = 10  # of the newest history items
 
@@ -140,9 +144,13 @@ def _by_company(
     damping: float,
     last: int = _LAST,
 ) -> ScoreFn:
-    num_items = len(counts_N)
     damped_N = (counts_N + 1) ** -damping  # + 1: an item seen once or twice is no safe bet
-    table_NN = (neighbours_NN @ sparse.diags_array(damped_N)).tocsr()
+    return _by_table((neighbours_NN @ sparse.diags_array(damped_N)).tocsr(), decay, last)
+
+
+def _by_table(table_NN: sparse.csr_array, decay: float, last: int = _LAST) -> ScoreFn:
+    """Σ decay ** (events since) · table[event, item] over the last events."""
+    num_items = table_NN.shape[1]
 
     def score(histories: Sequence[np.ndarray]) -> np.ndarray:
         recent = [history[: -last - 1 : -1] for history in histories]  # newest first
@@ -164,15 +172,69 @@ def tuned_co_visitation(dataset: Dataset, *, users: int = _TUNED_ON) -> ScoreFn:
     """
     examples = dataset.examples("valid").at_most(users)
     counted = _counted(dataset)
-
-    def reached(setting: tuple[float, float]) -> float:
-        score = _by_company(*counted, decay=setting[0], damping=setting[1])
-        ranked_EK = rank(score, examples, k=10, exclude_history=True)
-        found = ranking_metrics(ranked_EK, examples.targets_E, cutoffs=(10,))
-        return float(found["N@10"].mean())
-
     if not len(examples):
         return co_visitation(dataset)
-    decay, damping = max(itertools.product(_DECAYS, _DAMPINGS), key=reached)
-    print(f"co-visitation, tuned: decay {decay}, damping {damping}", file=sys.stderr)
-    return _by_company(*counted, decay=decay, damping=damping)
+
+    def counts(setting: tuple[float, float]) -> ScoreFn:
+        return _by_company(*counted, decay=setting[0], damping=setting[1])
+
+    settings = itertools.product(_DECAYS, _DAMPINGS)
+    best = max(settings, key=lambda setting: _reached(counts(setting), examples))
+    print(f"co-visitation, tuned: decay {best[0]}, damping {best[1]}", file=sys.stderr)
+    return counts(best)
+
+
+def common_words(dataset: Dataset, *, decay: float = 0.7, last: int = _LAST) -> ScoreFn:
+    """Score items by the words that they share with the last ones, and by how liked they are.
+
+    Args:
+        dataset: events are counted in its training split.
+        decay, last: as for `co_visitation`.
+    """
+    alike = Alike.measure(dataset.items)
+    counts_N = event_counts(dataset.training_sequences(), num_items=len(dataset.items))
+    rows_P, places_P = np.nonzero(alike.near_NK >= 0)
+    near_P = alike.near_NK[rows_P, places_P]
+    weights_P = alike.cosines_NK[rows_P, places_P] ** 2 * (counts_N[near_P] + 1) ** POPULARITY
+    shape = (len(dataset.items), len(dataset.items))
+    return _by_table(sparse.csr_array((weights_P, (rows_P, near_P)), shape=shape), decay, last)
+
+
+def tuned_counts_and_words(dataset: Dataset, counts: ScoreFn, *, users: int = _TUNED_ON) -> ScoreFn:
+    """counts + w · common words, with the w of the best validation N@10, history excluded.
+
+    Args:
+        dataset: as for `common_words`.
+        counts: such as `tuned_co_visitation`.
+        users: validation users that choose, a fixed random subset; 0 for all.
+    """
+    words = common_words(dataset)
+
+    def added(weight: float) -> ScoreFn:
+        return lambda histories: counts(histories) + weight * words(histories)
+
+    examples = dataset.examples("valid").at_most(users)
+    if not len(examples):
+        return added(1.0)
+    best = max(_WORD_WEIGHTS, key=lambda weight: _reached(added(weight), examples))
+    print(f"counts and words, tuned: weight {best}", file=sys.stderr)
+    return added(best)
+
+
+def that_count(dataset: Dataset, *, tuned: ScoreFn | None) -> dict[str, ScoreFn]:
+    """All of the above by name.
+
+    Args:
+        dataset: what they count in.
+        tuned: of `tuned_co_visitation`; None leaves it out, and the one that rests on it.
+    """
+    found = {"popularity": popularity(dataset), "co-visitation": co_visitation(dataset)}
+    if tuned is not None:
+        found["co-visitation-tuned"] = tuned
+        found["counts-and-words"] = tuned_counts_and_words(dataset, tuned)
+    return found
+
+
+def _reached(score: ScoreFn, examples: Examples) -> float:
+    ranked_EK = rank(score, examples, k=10, exclude_history=True)
+    return float(ranking_metrics(ranked_EK, examples.targets_E, cutoffs=(10,))["N@10"].mean())

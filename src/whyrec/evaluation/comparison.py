@@ -70,10 +70,8 @@ def rank_baselines(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, dict[str, np.ndarray]] = {}
     if sasrec_recipe is not None:
-        found["popularity"] = by_scores(baselines.popularity(dataset))
-        found["co-visitation"] = by_scores(baselines.co_visitation(dataset))
-        if tuned_counts is not None:
-            found["co-visitation-tuned"] = by_scores(tuned_counts)
+        counted = baselines.that_count(dataset, tuned=tuned_counts)
+        found |= {name: by_scores(score) for name, score in counted.items()}
         scorer = _kept(
             run,
             "sasrec",

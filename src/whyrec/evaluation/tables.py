@@ -36,6 +36,7 @@ MODEL_NAMES = {  # in the order of the rows; other models come last under their 
     "popularity": "Popularity",
     "co-visitation": "Co-visitation counts",
     "co-visitation-tuned": "Co-visitation counts, tuned",
+    "counts-and-words": "Counts and common words, tuned",
     "sasrec": "SASRec, full softmax",
     "tiger": "TIGER, our training",
     "aligned": "WhyRec, aligned",
