@@ -148,18 +148,6 @@ def evaluate(
             examples.targets_E,
             tokens=extra["cost/think/tokens"],
         )
-    if traces:
-        extra |= trace_figures(
-            recommender,
-            dataset,
-            examples,
-            thinking,
-            beams=beams,
-            template_folder=model / "prompts",
-            path=run / "eval" / "traces.parquet",
-        )
-    if other is not None:
-        extra |= _gains_over(other, examples, rows, beams=beams, split=split)
     ranked = {
         f"{name}/{split}/{history}": ranking.items_EW
         for name, by_history in rows.items()
@@ -207,6 +195,20 @@ def evaluate(
         return found
 
     keep(measured(ranked))
+    if other is not None:
+        keep(_gains_over(other, examples, rows, beams=beams, split=split))
+    if traces:
+        keep(
+            trace_figures(
+                recommender,
+                dataset,
+                examples,
+                thinking,
+                beams=beams,
+                template_folder=model / "prompts",
+                path=run / "eval" / "traces.parquet",
+            )
+        )
     others = rank_baselines(
         dataset,
         examples,
