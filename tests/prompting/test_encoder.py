@@ -74,7 +74,7 @@ def test_the_recommendation_prompt(extended: Extended) -> None:
     history = extended.tokenizer.decode(encoder.history([3, 1]))
     messages = [
         {"role": "system", "content": templates["system"]},
-        {"role": "user", "content": templates["user"].format(history=history, shortlist="")},
+        {"role": "user", "content": templates["user"].format(history=history)},
     ]
     text = extended.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -99,7 +99,6 @@ def test_a_tokenizer_without_a_chat_template(extended: Extended) -> None:
 def test_every_template_renders(extended: Extended, name: str) -> None:
     slots = {
         "history": extended.encoder.history([0, 1]),
-        "shortlist": extended.encoder.item(4),
         "items": extended.encoder.item(4),
         "sid": extended.encoder.sid(2),
         "text": extended.encoder.text("A film"),

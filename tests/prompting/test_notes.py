@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 
 from conftest import NUM_ITEMS, Extended
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.covisits import CoVisits
+from whyrec.catalog.dataset import Item
 from whyrec.prompting.encoder import PromptEncoder
 from whyrec.prompting.notes import Notes
 
 VISITS = CoVisits.count(
     [np.array(s, np.int32) for s in ([0, 1], [0, 1], [0, 2], [3, 4])], num_items=NUM_ITEMS
 )
+ALIKE = Alike.measure([Item(str(n), f"thing {n % 3}") for n in range(NUM_ITEMS)])
 
 
 def encoder_with(extended: Extended, notes: Notes) -> PromptEncoder:
@@ -44,11 +47,10 @@ def test_the_own_sequence_is_no_source(extended: Extended) -> None:
     assert encoder.thinking_prompt([3], own=[3, 4]) != encoder.thinking_prompt([3])
 
 
-def test_a_digit_tells_how_strong_the_ties_are_where_that_changes(extended: Extended) -> None:
+def test_a_grade_tells_how_strong_a_tie_is() -> None:
     often, once = [[0, 1]] * 16 + [[0, 2]] * 16, [[0, 5], [6, 7], [7, 8]]
     visits = CoVisits.count([np.array(s, np.int32) for s in often + once], num_items=NUM_ITEMS)
-    notes = Notes(1, 3, visits, grades=True)
-    (near,) = notes.graded([0], None)
+    (near,) = Notes(1, 3, visits).graded([0], None)
     assert [item for item, _ in near] == [1, 2, 5]
     strong, same, weak = (grade for _, grade in near)
     assert 0 <= weak < strong == same <= 9
@@ -57,11 +59,22 @@ def test_a_digit_tells_how_strong_the_ties_are_where_that_changes(extended: Exte
     for grade, score in zip((strong, weak), (scores[0], scores[2]), strict=True):
         low = visits.typical_best() * 2 ** ((grade - 7) / 2)
         assert grade in (0, 9) or low <= score < low * 2**0.5
-    encoder, digit = encoder_with(extended, notes), lambda n: extended.encoder.text(str(n))
-    begin, item = [extended.vocabulary.begin], encoder.item
-    assert encoder.history([0]) == [
-        *begin, *item(0), *digit(strong), *item(1), *item(2), *digit(weak), *item(5),
-    ]  # fmt: skip
+
+
+def test_what_shares_words_follows_the_neighbours(extended: Extended) -> None:
+    titles = ["red shoe", "red hat", "red bag", "blue cap", "blue pot"]
+    alike = Alike.measure([Item(title, title) for title in titles])
+    encoder = encoder_with(extended, Notes(2, 1, VISITS, alike=2, likeness=alike))
+    begin, item, tilde = [extended.vocabulary.begin], encoder.item, encoder.text("~")
+    # Of items that share as much with 0, 1 was chosen more often than 2.
+    assert encoder.history([0]) == [*begin, *item(0), *item(1), *tilde, *item(1), *item(2)]
+    # Not for the user's own events, nor are items of the history up to there among them.
+    own = encoder.history([0], own=[0, 1, 1])
+    assert own == [*begin, *item(0), *item(2), *tilde, *item(2), *item(1)]
+    assert encoder.history([2, 0])[-1 - 2 * len(item(0)) :] == [*item(1), *tilde, *item(1)]
+    alone = encoder_with(extended, Notes(1, 0, VISITS, alike=1, likeness=alike))
+    assert alone.history([3]) == [*begin, *item(3), *tilde, *item(4)]
+    assert alone.history([9]) == [*begin, *item(9)]  # newer than the measurement
 
 
 def test_a_text_cannot_become_control(extended: Extended) -> None:
@@ -81,8 +94,7 @@ def test_a_text_cannot_become_control(extended: Extended) -> None:
         None,
         Notes(3, 2, VISITS),
         Notes(3, text_tokens=5, texts=["a b"] * 99),
-        Notes(0, 0, VISITS, shortlist=3),
-        Notes(2, 1, VISITS, shortlist=2),
+        Notes(2, 1, VISITS, alike=2, likeness=ALIKE),
     ],
 )
 def test_no_history_has_more_tokens_than_reckoned(extended: Extended, notes: Notes | None) -> None:
@@ -90,27 +102,7 @@ def test_no_history_has_more_tokens_than_reckoned(extended: Extended, notes: Not
     rng = np.random.default_rng(0)
     for length in range(9):
         history = rng.integers(0, NUM_ITEMS, length).tolist()
-        tokens = len(encoder.history(history)) + len(encoder.shortlist(history))
+        tokens = len(encoder.history(history))
         assert tokens <= encoder.history_tokens(length)
         asked = len(encoder.recommendation_prompt(history))
         assert asked == len(encoder.recommendation_prompt([])) + tokens
-
-
-def test_the_shortlist_stands_between_the_history_and_the_question(extended: Extended) -> None:
-    sequences = [np.array(s, np.int32) for s in ([0, 1], [0, 1], [0, 2], [3, 4], [3, 2])]
-    visits = CoVisits.count(sequences, num_items=NUM_ITEMS)
-    encoder = encoder_with(extended, Notes(1, 1, visits, shortlist=3))
-    item = encoder.item
-    # Of the older event 0: 1 twice, 2 once, at .6; of the newer one, 3: 4 and 2 once each.
-    expected = [*encoder.control("\nOthers went on to: "), *item(2), *item(1), *item(4)]
-    assert encoder.shortlist([0, 3]) == expected
-    prompt = encoder.recommendation_prompt([0, 3])
-    at = len(encoder.frame(encoder.recommend["system"]).before_user)
-    at += len(encoder.control("A user chose, oldest first: ")) + len(encoder.history([0, 3]))
-    assert prompt[at : at + len(expected)] == expected
-    # What only this user did is not told, and who has no company has no list.
-    assert encoder.shortlist([3], own=[3, 2]) == [*expected[: -3 * len(item(0))], *item(4)]
-    assert encoder.shortlist([5]) == encoder.shortlist([]) == []
-    plain = encoder_with(extended, Notes(1, 1, visits))
-    listed = len(plain.recommendation_prompt([0, 3])) + len(expected)
-    assert len(prompt) == listed and plain.shortlist([0, 3]) == []

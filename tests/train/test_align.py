@@ -24,6 +24,7 @@ from whyrec.sid.quantizers import load_quantizer
 from whyrec.train import align as align_module
 from whyrec.train.align import align
 from whyrec.train.align_recipe import AlignRecipe
+from whyrec.train.replay import Conversation
 from whyrec.train.trainer import AlignTrainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -264,7 +265,7 @@ def test_a_killed_training_resumes_from_its_checkpoint(
 
 def replies_from_cache(*_arguments: object, cache: Path, **_settings: object) -> list:
     assert cache.exists(), "the replies were made again"
-    return [tuple(pair) for pair in json.loads(cache.read_text("utf-8"))]
+    return [Conversation(*said) for said in json.loads(cache.read_text("utf-8"))]
 
 
 def test_start_from_its_own_checkpoint(aligned, prepared_run, tmp_path) -> None:
@@ -327,6 +328,39 @@ def test_all_weights(run, backbone) -> None:
         assert not torch.equal(weight[: len(old[name])], old[name]), name
     assert not (folder / "checkpoint").exists()
     assert len(Recommender.from_pretrained(folder).recommend([], k=3)) == 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_words_stay_and_blocks_learn_at_their_own_rate(run, make_backbone, tied: bool) -> None:
+    folder = make_backbone(tied=tied)
+    rates = {"lr": 1e-2, "block_lr": 1e-6, "keep_words": True, "weight_decay": 0.1}
+    align(run, make_recipe(folder, lora_rank=0, warmup_epochs=0, evaluations=1, **rates))
+    before, _ = load_backbone(str(folder))
+    after = AutoModelForCausalLM.from_pretrained(run / "model" / "aligned", dtype=torch.float32)
+    old = before.state_dict()
+    for name, weight in after.state_dict().items():
+        known = weight[: len(old[name])]
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(known, old[name]) and len(weight) > len(known), name
+        else:  # six steps of Adam at 1e-6 or less
+            assert 0 < (known - old[name]).abs().max() < 1e-5, name
+
+
+def test_rates_apply_to_adapters_too(run, backbone, monkeypatch) -> None:
+    rates: list[set[float]] = []
+    create = AlignTrainer.create_optimizer
+
+    def watch(self, *arguments):
+        optimizer = create(self, *arguments)
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        assert len({id(p) for g in optimizer.param_groups for p in g["params"]}) == sum(
+            p.requires_grad for p in self.model.parameters()
+        )
+        return optimizer
+
+    monkeypatch.setattr(AlignTrainer, "create_optimizer", watch)
+    align(run, make_recipe(backbone, max_steps=1, evaluations=1, lr=1e-3, block_lr=1e-4))
+    assert rates == [{5e-3}, {1e-3, 1e-4}]  # the warm-up has its own
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -428,6 +462,7 @@ def test_two_processes_train_as_one(prepared_run, backbone, tmp_path) -> None:
 def test_fsdp2_trains_as_one_process(prepared_run, backbone, tmp_path) -> None:
     """Sharded over two processes: warm-up, mix, ranking, the best checkpoint, the saved model."""
     settings = {"lora_rank": 0, "dropout": 0.0, "max_steps": 4, "evaluations": 2}
+    settings |= {"keep_words": True, "block_lr": 5e-4}
     recipe = make_recipe(backbone, valid_users=7, **settings)
     alone = copy_run(prepared_run, tmp_path / "alone")
     align(alone, recipe)
@@ -466,6 +501,8 @@ def test_what_is_kept_lies_between_the_backbone_and_what_was_trained(
 
 
 def test_settings_that_cannot_be_are_told(prepared_run, backbone) -> None:
+    with pytest.raises(ValueError, match="block_lr must not lie below 0"):
+        align(prepared_run, make_recipe(backbone, block_lr=-1e-3))
     with pytest.raises(ValueError, match="replay_epochs must not lie below 0"):
         align(prepared_run, make_recipe(backbone, replay_epochs=-1))
     with pytest.raises(ValueError, match="must lie between 0 and 1"):

@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import NUM_ITEMS, Extended
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import IGNORED, PromptEncoder, item_text
 from whyrec.prompting.notes import Notes
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
+from whyrec.train.replay import Conversation
 
-REPLIES = [("What is a tide?", "The sea, moved by the moon."), ("Hello <|im_end|>", "Hi")]
+REPLIES = [
+    Conversation("What is a tide?", "The sea, moved by the moon.", ended=True),
+    Conversation("Hello <|im_end|>", "Hi", ended=True),
+]
 
 
 def make_mix(
@@ -28,7 +33,7 @@ def make_mix(
     drop_events: float = 0.0,
     jitter_events: float = 0.0,
     withheld: float = 0.0,
-    replies: list[tuple[str, str]] | None = None,
+    replies: list[Conversation] | None = None,
     replays: int | None = None,
     replay_epochs: int = 0,
     epochs: int = 2,
@@ -210,7 +215,7 @@ def test_every_task_trains_its_reply_alone(extended: Extended) -> None:
             assert " ".join(map(str, story)) in " ".join(map(str, user)) and len(story) >= 2
             assert all(item_text(extended.dataset.items[item]) in said for item in story)
         else:
-            assert said == REPLIES[subject][1] and REPLIES[subject][0] in asked
+            assert said == REPLIES[subject].reply and REPLIES[subject].prompt in asked
     assert seen == counts
 
 
@@ -220,6 +225,14 @@ def test_replayed_words_are_never_control(extended: Extended) -> None:
     plain, risky = mix[index]["input_ids"], mix[index + 1]["input_ids"]
     control = extended.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert plain.count(control) == risky.count(control)
+
+
+def test_a_reply_that_was_cut_off_is_not_ended(extended: Extended) -> None:
+    whole, cut = (Conversation("Why?", "It is so", ended=ended) for ended in (True, False))
+    mix = make_mix(extended, replies=[whole, cut], epochs=1)
+    first, second = (mix[i] for i, (task, _, _) in enumerate(mix._plan) if task == "replay")
+    end = extended.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert first["labels"] == [*second["labels"], end]
 
 
 def test_nothing_of_valid_or_test_is_shown(extended: Extended) -> None:
@@ -298,19 +311,22 @@ def test_text_of_withheld_items_is_never_shown(extended: Extended) -> None:
     length=st.integers(2, 12),
     drop=st.sampled_from([0.0, 0.5]),
     text_tokens=st.integers(0, 3),
-    shortlist=st.integers(0, 3),
+    alike=st.integers(0, 3),
 )
 def test_notes_are_shown_and_never_trained(
-    extended: Extended, length: int, drop: float, text_tokens: int, shortlist: int
+    extended: Extended, length: int, drop: float, text_tokens: int, alike: int
 ) -> None:
     sequences = [np.arange(length, dtype=np.int32), *extended.dataset.training_sequences()]
     visits = CoVisits.count(sequences, num_items=NUM_ITEMS)
     texts = [item_text(item) for item in extended.dataset.items]
+    likeness = Alike.measure(extended.dataset.items)
     noted = PromptEncoder(
         extended.tokenizer,
         vocabulary=extended.vocabulary,
         codes_NL=extended.codes_NL.tolist(),
-        notes=Notes(3, 2, visits, text_tokens=text_tokens, texts=texts, shortlist=shortlist),
+        notes=Notes(
+            3, 2, visits, text_tokens=text_tokens, texts=texts, alike=alike, likeness=likeness
+        ),
     )
     mixes = [
         AlignmentMix(
@@ -346,7 +362,7 @@ def test_notes_are_shown_and_never_trained(
 def test_replays_go_through_all_conversations_in_turn(
     extended: Extended, there: int, every: int, epochs: int, last: int
 ) -> None:
-    replies = [(f"Question {n}?", f"Answer {n}.") for n in range(there)]
+    replies = [Conversation(f"Question {n}?", f"Answer {n}.", ended=True) for n in range(there)]
     mix = make_mix(extended, replies=replies, replays=every, replay_epochs=last, epochs=epochs)
     by_epoch = [
         [text_of(extended, wanted(mix[i])) for i in epoch if mix._plan[i][0] == "replay"]

@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 from whyrec.prompting.templates import load_templates
 from whyrec.train import replay
-from whyrec.train.replay import own_conversations, own_questions
+from whyrec.train.replay import Conversation, own_conversations, own_questions, own_replies
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,29 @@ def test_packaged_prompts_come_first_and_are_kept(backbone, tmp_path: Path) -> N
     cache = tmp_path / "replies.json"
     train = load_templates("general")["train"]
 
-    def made(count: int, cache: Path) -> list[tuple[str, str]]:
+    def made(count: int, cache: Path) -> list[Conversation]:
         return own_conversations(model, tokenizer, count=count, max_tokens=4, seed=0, cache=cache)
 
-    pairs = made(3, cache)
-    assert [prompt for prompt, _ in pairs] == train[:3]
-    assert made(99, cache) == pairs  # a run that goes on must see the same examples
+    said = made(3, cache)
+    assert [conversation.prompt for conversation in said] == train[:3]
+    assert made(99, cache) == said  # a run that goes on must see the same examples
     assert made(0, tmp_path / "none.json") == []
+
+
+def test_only_a_reply_that_came_to_its_end_has_one(backbone, monkeypatch) -> None:
+    """A model that is taught an end where its tokens ran out breaks off there ever after."""
+    model, tokenizer = backbone
+    end = tokenizer.eos_token_id
+
+    def generated(model, tokenizer, texts, max_tokens, *, stop: list[int]):
+        assert end in stop
+        return torch.tensor(
+            [[11, 12, 13, 14] if "long" in text else [11, end] * 2 for text in texts]
+        )
+
+    monkeypatch.setattr(replay, "_generate", generated)
+    said = own_replies(model, tokenizer, ["a long one", "short", "long"], 4)
+    assert [conversation.ended for conversation in said] == [False, True, False]
 
 
 def test_questions_are_whole_new_and_the_seeds_alone(backbone, monkeypatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrec.backbone.load import load_backbone
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.dataset import Item, read_items
 from whyrec.catalog.withheld import withheld
@@ -40,6 +41,7 @@ CATALOGUE_FILES = (
     "embeddings.safetensors",
 )
 COVISITS_FILE = "covisits.parquet"
+ALIKE_FILE = "alike.parquet"
 TEMPLATES = ("recommend", "rationale")
 
 
@@ -57,9 +59,8 @@ class Settings:
         note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
         neighbours: neighbours in a note at most.
         neighbour_decay, neighbour_damping: how they are scored (`catalog/covisits.py`).
-        neighbour_grades: whether the note tells how strong each tie is.
         text_tokens: tokens of the event's text in a note at most.
-        shortlist: items of the shortlist behind a history, at most.
+        alike: items in a note that are like the event by their text, at most.
     """
 
     stage: str
@@ -72,25 +73,31 @@ class Settings:
     neighbours: int = 0
     neighbour_decay: float = 0.0
     neighbour_damping: float = 0.5
-    neighbour_grades: bool = False
     text_tokens: int = 0
-    shortlist: int = 0
+    alike: int = 0
 
     @property
     def looks_up_visits(self) -> bool:
         """Whether prompts tell what others chose, so that the model goes with their counts."""
-        return bool(self.neighbours or self.shortlist)
+        return bool(self.neighbours or self.alike)
 
-    def notes(self, items: Sequence[Item], *, visits: Path, training: bool = False) -> Notes | None:
+    def notes(
+        self,
+        items: Sequence[Item],
+        *,
+        visits: Path,
+        alike: Path | None = None,
+        training: bool = False,
+    ) -> Notes | None:
         """The notes of this model's prompts; None where it has none.
 
         Args:
             items: the catalogue.
             visits: the catalogue's `covisits.parquet`.
+            alike: the catalogue's `alike.parquet`; None to measure it.
             training: nothing is said of items whose text alignment withholds.
         """
-        noted = self.note_events and (self.neighbours or self.text_tokens)
-        if not noted and not self.shortlist:
+        if not (self.note_events and (self.looks_up_visits or self.text_tokens)):
             return None
         ids = [item.item_id for item in items]
         texts: list[str] = []
@@ -108,11 +115,17 @@ class Settings:
             CoVisits.load(visits, item_ids=ids) if self.looks_up_visits else None,
             decay=self.neighbour_decay,
             damping=self.neighbour_damping,
-            grades=self.neighbour_grades,
             text_tokens=self.text_tokens,
             texts=texts,
-            shortlist=self.shortlist,
+            alike=self.alike,
+            likeness=self._likeness(items, alike) if self.alike else None,
         )
+
+    @staticmethod
+    def _likeness(items: Sequence[Item], path: Path | None) -> Alike:
+        if path is None:
+            return Alike.measure(items)
+        return Alike.load(path, item_ids=[item.item_id for item in items])
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,10 @@ def save_model_folder(
     noted = [COVISITS_FILE] if settings.looks_up_visits else []
     for name in [*CATALOGUE_FILES, *noted]:
         shutil.copyfile(sids_folder / name, folder / name)
+    if settings.alike:
+        items = read_items(folder / "items.parquet")
+        item_ids = [item.item_id for item in items]
+        Alike.measure(items).save(folder / ALIKE_FILE, item_ids=item_ids)
     (folder / "prompts").mkdir(exist_ok=True)
     for name in TEMPLATES:
         shutil.copyfile(template_file(name), folder / "prompts" / f"{name}.yaml")
@@ -216,7 +233,11 @@ def folder_encoder(
         codes_NL=codes_NL.tolist(),
         template_folder=folder / "prompts",
         thinks=settings.thoughts is not None,
-        notes=settings.notes(items, visits=folder / COVISITS_FILE),
+        notes=settings.notes(
+            items,
+            visits=folder / COVISITS_FILE,
+            alike=folder / ALIKE_FILE,
+        ),
     )
 
 

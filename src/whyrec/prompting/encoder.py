@@ -79,7 +79,7 @@ class PromptEncoder:
         self._plain = _without_added_tokens(tokenizer)
         self.frame = lru_cache(maxsize=None)(self._frame)
         self.control = lru_cache(maxsize=None)(self._control)
-        self._digits = [self.text(str(digit)) for digit in range(10)]
+        self._tilde = self.text("~")
         self._note = lru_cache(maxsize=1 << 16)(self._note_text)
 
     def text(self, text: str) -> list[int]:
@@ -117,7 +117,7 @@ class PromptEncoder:
         if self.notes is None:
             return [(self._item_ids[item], True) for item in items]
         begin, parts = [self.vocabulary.begin], list[tuple[list[int], bool]]()
-        near = self._neighbours(items, own)
+        near = self._others(items, own)
         silent = len(items) - len(near)
         for place, item in enumerate(items):
             parts += [(begin, False), (self._item_ids[item], True)]
@@ -125,50 +125,29 @@ class PromptEncoder:
                 parts.append((near[place - silent] + self._note(item), False))
         return parts
 
-    def _neighbours(
+    def _others(
         self, items: Sequence[int], own: Sequence[int] | np.ndarray | None
     ) -> list[list[int]]:
-        """By noted event, its neighbours as a note holds them."""
+        """By noted event, its neighbours and what is like it, as a note holds them."""
         assert self.notes is not None
-        if not self.notes.grades:
-            return [
-                [token for other in near for token in self._item_ids[other]]
-                for near in self.notes.near(items, own)
-            ]
         noted: list[list[int]] = []
-        for near in self.notes.graded(items, own):
-            noted.append([])
-            last = None
-            for other, grade in near:
-                noted[-1] += [] if grade == last else self._digits[grade]
-                noted[-1] += self._item_ids[other]
-                last = grade
+        for near, like in zip(
+            self.notes.near(items, own), self.notes.like(items, own), strict=True
+        ):
+            noted.append([token for other in near for token in self._item_ids[other]])
+            noted[-1] += self._tilde if like else []
+            noted[-1] += [token for other in like for token in self._item_ids[other]]
         return noted
 
-    def shortlist(
-        self, items: Sequence[int], *, own: Sequence[int] | np.ndarray | None = None
-    ) -> list[int]:
-        """What stands behind a history, arguments as for `history_parts`; nothing where nothing
-        was ever chosen near it."""
-        near = self.notes.shortlisted(items, own) if self.notes is not None else []
-        if not near:
-            return []
-        sids = [token for item in near for token in self._item_ids[item]]
-        pieces = self.render(self.recommend["shortlist"], items=sids)
-        return [token for piece in pieces for token in piece]
-
     def history_tokens(self, num_items: int) -> int:
-        """Tokens of a history of so many items at most, and of its shortlist."""
+        """Tokens of a history of so many items at most."""
         levels = self.vocabulary.num_levels
         if self.notes is None:
             return levels * num_items
-        digits = max(map(len, self._digits)) if self.notes.grades else 0
-        note = (levels + digits) * self.notes.neighbours + self.notes.text_tokens
-        listed = 0
-        if self.notes.shortlist and num_items:
-            words = self.render(self.recommend["shortlist"], items=[])
-            listed = sum(map(len, words)) + levels * self.notes.shortlist
-        return (levels + 1) * num_items + note * min(num_items, self.notes.events) + listed
+        note = levels * self.notes.neighbours + self.notes.text_tokens
+        if self.notes.alike:
+            note += levels * self.notes.alike + len(self._tilde)
+        return (levels + 1) * num_items + note * min(num_items, self.notes.events)
 
     def longest_prompt(self, num_items: int) -> int:
         """Tokens of the prompt of a beam for so many items at most, without a thought."""
@@ -226,11 +205,7 @@ class PromptEncoder:
     ) -> list[int]:
         """The history and the question, up to where the reply begins."""
         frame = self.frame(self.recommend["system"])
-        question = self.render(
-            self.recommend["user"],
-            history=self.history(history, own=own),
-            shortlist=self.shortlist(history, own=own),
-        )
+        question = self.render(self.recommend["user"], history=self.history(history, own=own))
         return [
             *frame.before_user,
             *(token for piece in question for token in piece),

@@ -1,16 +1,16 @@
-"""What a prompt may say of a history beside its SIDs: of its newest events, and of all together.
+"""What a prompt may say of a history's newest events, beside their SIDs.
 
 *Neighbours* are the items that other users chose near an event (`catalog/covisits.py`), as SIDs:
 counts know exact pairs that a small model cannot keep in its weights, and a language model is good
 at picking up what stands before it. With `decay` above 0 they are those of the whole history up to
-the event, older events counting less, so that the newest note is a shop's own list of what may come
-next. *Text* is the beginning of what the catalogue says of the event. The *shortlist* stands behind
-the history: what others chose near any of its events, newer ones counting more, a shop's own list
-of what may come next. The log and the catalogue are all they are made of, at training time as at
-serving time.
+the event, older events counting less. *Alike* are the items that share words with it, well-liked
+ones first (`catalog/alike.py`): a model that is shown the words of what somebody has, and of no
+other item, cannot know which others bear them. *Text* is the beginning of what the catalogue says
+of the event. The log and the catalogue are all they are made of, at training time as at serving
+time.
 
-A noted history is written `<|sid_begin|>EVENT NEIGHBOURS TEXT<|sid_begin|>EVENT …`, so that every
-event of it is predicted after `<|sid_begin|>`, as the next item is.
+A noted history is written `<|sid_begin|>EVENT NEIGHBOURS~ALIKE TEXT<|sid_begin|>EVENT …`, so that
+every event of it is predicted after `<|sid_begin|>`, as the next item is.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,8 @@ from functools import cached_property
 
 import numpy as np
 
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.covisits import CoVisits
-
-# As co-visitation ranks best by itself on Amazon Beauty (`baselines.tuned_co_visitation`).
-_SHORTLIST_DECAY, _SHORTLIST_DAMPING = 0.6, 0.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,10 @@ class Notes:
         neighbours: of an event, at most.
         visits: where neighbours are looked up; None where there are to be none.
         decay, damping: how neighbours are scored; see `CoVisits.neighbours`.
-        grades: tell how strong the tie is, by a digit before each neighbour whose grade is another
-            than the last one's.
         text_tokens: of an event's text, at most.
         texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
-        shortlist: items in the shortlist, at most.
+        alike: items that are like an event, at most; none of the history up to it is.
+        likeness: where these are looked up; None where there are to be none.
     """
 
     events: int
@@ -46,10 +43,10 @@ class Notes:
     visits: CoVisits | None = None
     decay: float = 0.0
     damping: float = 0.5
-    grades: bool = False
     text_tokens: int = 0
     texts: Sequence[str] = ()
-    shortlist: int = 0
+    alike: int = 0
+    likeness: Alike | None = None
 
     def near(
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
@@ -60,7 +57,7 @@ class Notes:
     def graded(
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
     ) -> list[list[tuple[int, int]]]:
-        """The same, with the grade of each.
+        """The same, with the grade of each, which says how strong the tie is.
 
         A grade is a number from 0 to 9, a step for each factor of √2, and 7 for what is typical of
         an item's best neighbour.
@@ -84,6 +81,25 @@ class Notes:
             damping=self.damping,
         )
 
+    def like(
+        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
+    ) -> list[list[int]]:
+        """The items that are like a history's noted events; `own` as for `CoVisits.neighbours`."""
+        noted = min(self.events, len(history))
+        if self.likeness is None or self.visits is None:
+            return [[] for _ in range(noted)]
+        mine = history if own is None else own
+        return [
+            self.likeness.best(
+                history[place],
+                k=self.alike,
+                events_N=self.visits.events_N,
+                own=mine,
+                without=history[: place + 1],
+            )[0].tolist()
+            for place in range(len(history) - noted, len(history))
+        ]
+
     def _grades(self, scores: np.ndarray) -> np.ndarray:
         return np.clip(np.floor(2 * np.log2(scores / self._typical)) + 7, 0, 9).astype(int)
 
@@ -91,22 +107,6 @@ class Notes:
     def _typical(self) -> float:
         assert self.visits is not None
         return self.visits.typical_best(damping=self.damping)
-
-    def shortlisted(
-        self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
-    ) -> list[int]:
-        """The shortlist of a history, best first; `own` as for `CoVisits.neighbours`."""
-        if self.visits is None or not self.shortlist or not len(history):
-            return []
-        ((items, _),) = self.visits.neighbours(
-            history,
-            k=self.shortlist,
-            own=own,
-            last=1,
-            decay=_SHORTLIST_DECAY,
-            damping=_SHORTLIST_DAMPING,
-        )
-        return items.tolist()
 
     def text(self, item: int) -> str:
         """What is said of an item."""

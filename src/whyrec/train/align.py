@@ -55,6 +55,8 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         raise ValueError(
             "neighbour_decay must lie between 0 and 1, and neighbour_damping not below 0"
         )
+    if recipe.block_lr < 0:
+        raise ValueError(f"block_lr must not lie below 0, not {recipe.block_lr}")
     if recipe.replay_epochs < 0:
         raise ValueError(f"replay_epochs must not lie below 0, not {recipe.replay_epochs}")
     if not 0 <= recipe.backbone_share <= 1:
@@ -133,9 +135,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         neighbours=recipe.neighbours,
         neighbour_decay=recipe.neighbour_decay,
         neighbour_damping=recipe.neighbour_damping,
-        neighbour_grades=recipe.neighbour_grades,
         text_tokens=recipe.text_tokens,
-        shortlist=recipe.shortlist,
+        alike=recipe.alike,
     )
     encoder = training_encoder(
         run, made, tokenizer, vocabulary=vocabulary, items=dataset.items, codes_NL=codes_NL
@@ -200,6 +201,8 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             validation=validation,
             compiled=recipe.compile,
             average=recipe.average if phase == "mix" else 0.0,
+            block_lr=recipe.block_lr if phase == "mix" else 0.0,
+            new_rows=token_ids if recipe.keep_words and phase == "mix" else None,
         )
 
     if recipe.warmup_epochs and not recipe.checkpoint:

@@ -20,15 +20,16 @@ class AlignRecipe:
         neighbour_decay: what an event's neighbours still weigh one event later; 0 looks at each
             event by itself.
         neighbour_damping: how far popular neighbours are held back.
-        neighbour_grades: whether a digit tells how strong the tie to a neighbour is.
         text_tokens: tokens of such an event's text, in its note, at most.
-        shortlist: items that others chose near the history as a whole, in a list behind it, at
-            most.
+        alike: items that share words with such an event, in its note, at most (`catalog/alike.py`).
         warmup_epochs: epochs of the token warm-up.
         warmup_lr: its learning rate.
         epochs: of the multi-task mix.
         max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
         lr: learning rate of the mix (cosine schedule).
+        block_lr: that of the transformer blocks alone, where it is another; 0 for `lr`. The new
+            tokens have all to learn and the blocks much to forget.
+        keep_words: the backbone's own rows of the embedding stay as they are; for all weights.
         weight_decay: of AdamW.
         average: decay per step of the weights' average, which is validated and kept; 0 for none.
         backbone_share: how far the trained weights go back towards the backbone's before they are
@@ -69,14 +70,15 @@ class AlignRecipe:
     neighbours: int = 0
     neighbour_decay: float = 0.0
     neighbour_damping: float = 0.5
-    neighbour_grades: bool = False
     text_tokens: int = 0
-    shortlist: int = 0
+    alike: int = 0
     warmup_epochs: int = 1
     warmup_lr: float = 5e-3
     epochs: int = 10
     max_steps: int = 0
     lr: float = 1e-3
+    block_lr: float = 0.0
+    keep_words: bool = False
     weight_decay: float = 0.01
     average: float = 0.0
     backbone_share: float = 0.0

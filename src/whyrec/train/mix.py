@@ -25,6 +25,7 @@ from whyrec.catalog.dataset import Item
 from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import Example, PromptEncoder, item_text
 from whyrec.prompting.templates import load_templates
+from whyrec.train.replay import Conversation
 
 Task = Literal["sequence", "caption", "lookup", "persona", "replay"]
 _PERSONA_EVENTS = 8  # a story long enough to interleave, short enough for a small context
@@ -63,7 +64,7 @@ class AlignmentMix:
         encoder: renders prompts.
         items: the catalogue.
         sequences: by user, item indices of the training events.
-        replies: (prompt, reply) pairs of the backbone itself.
+        replies: conversations of the backbone itself.
         sizes: how much of each task.
         epochs: how many epochs to lay out.
         seed: of everything that is drawn.
@@ -75,7 +76,7 @@ class AlignmentMix:
         *,
         items: Sequence[Item],
         sequences: Sequence[np.ndarray],
-        replies: Sequence[tuple[str, str]],
+        replies: Sequence[Conversation],
         sizes: MixSizes,
         epochs: int,
         seed: int,
@@ -113,7 +114,7 @@ class AlignmentMix:
         elif task == "persona":
             example = self._persona(self._stories[subject], rng)
         elif task == "replay":
-            example = self._replay(*self.replies[subject])
+            example = self._replay(self.replies[subject])
         else:
             example = self._caption(task, subject, rng)
         return {"input_ids": example.input_ids, "labels": example.labels}
@@ -127,7 +128,7 @@ class AlignmentMix:
         task, subject, _ = self._plan[index]
         levels = self.encoder.vocabulary.num_levels
         if task == "replay":
-            return len(self._replay(*self.replies[subject]).input_ids)
+            return len(self._replay(self.replies[subject]).input_ids)
         if task == "sequence":
             window = self._window(index)
             return self._frame_tokens[task] + self.encoder.history_tokens(len(window) - 1) + levels
@@ -139,9 +140,7 @@ class AlignmentMix:
     def _frames(self) -> dict[str, int]:
         """By task, tokens of an example besides its items and their texts, at most."""
         encoder, nothing = self.encoder, np.zeros(2, dtype=np.int32)
-        items = len(encoder.item(0))
-        for part in (encoder.history, encoder.shortlist):
-            items += len(part(nothing[:1].tolist(), own=nothing))
+        items = len(encoder.history(nothing[:1].tolist(), own=nothing)) + len(encoder.item(0))
         frames = {"sequence": len(self._sequence(nothing, own=nothing).input_ids) - items}
         for task in ("caption", "lookup", "persona"):
             empty: dict[str, list[int]] = {"sid": [], "text": [], "events": []}
@@ -213,8 +212,7 @@ class AlignmentMix:
         example = Example().add(frame.before_user, trained=False)
         parts = encoder.history_parts(window[:-1].tolist(), own=own)
         history = [token for ids, _ in parts for token in ids]
-        slots = {"history": history, "shortlist": encoder.shortlist(window[:-1].tolist(), own=own)}
-        for piece in encoder.render(recommend["user"], **slots):
+        for piece in encoder.render(recommend["user"], history=history):
             pieces = parts if piece == history else [(piece, False)]
             for ids, is_event in pieces:
                 example.add(ids, trained=is_event)
@@ -239,10 +237,11 @@ class AlignmentMix:
                 events += piece
         return self._dialogue("persona", self._draw_question("persona", rng), events=events)
 
-    def _replay(self, prompt: str, reply: str) -> Example:
+    def _replay(self, said: Conversation) -> Example:
         frame = self.encoder.frame(self._general_system)
-        asked = [*frame.before_user, *self.encoder.text(prompt), *frame.before_reply]
-        answered = [*self.encoder.text(reply), *frame.after_reply[:1]]
+        asked = [*frame.before_user, *self.encoder.text(said.prompt), *frame.before_reply]
+        end = frame.after_reply[:1] if said.ended else []
+        answered = [*self.encoder.text(said.reply), *end]
         return Example().add(asked, trained=False).add(answered, trained=True)
 
     def _draw_question(self, task: str, rng: np.random.Generator) -> int:

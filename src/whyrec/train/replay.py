@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ _QUESTION_TOKENS = 64
 _SENTINEL = "\x1a"
 
 
+class Conversation(NamedTuple):
+    """A question, the backbone's reply, and whether that came to its end within the tokens given.
+
+    Training must not ask for an end where there was none, or the model learns to break off.
+    """
+
+    prompt: str
+    reply: str
+    ended: bool
+
+
 def own_conversations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -32,8 +44,8 @@ def own_conversations(
     max_tokens: int,
     seed: int,
     cache: Path,
-) -> list[tuple[str, str]]:
-    """The untouched backbone's greedy replies; (prompt, reply) pairs, kept in a JSON file.
+) -> list[Conversation]:
+    """The untouched backbone's greedy replies, kept in a JSON file.
 
     Args:
         model: the backbone, before its vocabulary is extended.
@@ -42,18 +54,18 @@ def own_conversations(
             and there are fewer where it has no chat format or cannot think of as many.
         max_tokens: of a reply at most.
         seed: of the questions.
-        cache: where the pairs are kept, and read from when they are there.
+        cache: where the conversations are kept, and read from when they are there.
     """
     if cache.exists():
-        return [(prompt, reply) for prompt, reply in json.loads(cache.read_text("utf-8"))]
+        return [Conversation(*kept) for kept in json.loads(cache.read_text("utf-8"))]
     templates = load_templates("general")
     prompts = templates["train"][:count]
     if count > len(prompts) and tokenizer.chat_template is not None:
         known = {*prompts, *templates["held_out"]}  # which are for measuring
         prompts += own_questions(model, tokenizer, count - len(prompts), known=known, seed=seed)
-    pairs = list(zip(prompts, own_replies(model, tokenizer, prompts, max_tokens), strict=True))
-    write_json(cache, pairs)
-    return pairs
+    conversations = own_replies(model, tokenizer, prompts, max_tokens)
+    write_json(cache, conversations)
+    return conversations
 
 
 def own_questions(
@@ -102,21 +114,28 @@ def own_replies(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_tokens: int,
-) -> list[str]:
+) -> list[Conversation]:
     """The backbone's greedy reply to each prompt."""
-    replies = [""] * len(prompts)
+    conversations: dict[int, Conversation] = {}
+    ends = _end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))  # little padding
     size = _BATCH[model.device.type]
     starts = range(0, len(prompts), size)
     for start in tqdm(starts, desc="replies to replay", unit="batch", file=sys.stderr):
         batch = order[start : start + size]
         texts = [_chat(tokenizer, prompts[n]) for n in batch]
-        new_BT = _generate(model, tokenizer, texts, max_tokens)
-        for n, reply in zip(
-            batch, tokenizer.batch_decode(new_BT, skip_special_tokens=True), strict=True
-        ):
-            replies[n] = reply
-    return replies
+        new_BT = _generate(model, tokenizer, texts, max_tokens, stop=ends)
+        replies = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        for n, reply, row in zip(batch, replies, new_BT.tolist(), strict=True):
+            conversations[n] = Conversation(prompts[n], reply, not {*ends}.isdisjoint(row))
+    return [conversations[n] for n in range(len(prompts))]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a reply: those that the model stops at by itself, and its tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    return sorted({token for token in [*known, tokenizer.eos_token_id] if token is not None})
 
 
 @torch.no_grad()
@@ -126,7 +145,7 @@ def _generate(
     texts: Sequence[str],
     max_tokens: int,
     *,
-    stop: int | None = None,
+    stop: int | list[int] | None = None,
     sampled: bool = False,
 ) -> Tensor:
     """New tokens after each text [B, T]; settings of the backbone's own are left out."""
@@ -142,7 +161,7 @@ def _generate(
         **inputs,
         max_new_tokens=max_tokens,
         **({"do_sample": False} | how),
-        **({} if stop is None else {"eos_token_id": stop}),
+        **({} if not stop else {"eos_token_id": stop}),
     )
     return output_BT[:, inputs["input_ids"].shape[1] :]
 

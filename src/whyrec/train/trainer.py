@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.train.averaging import WeightAverage
 from whyrec.train.loss import SidLoss, attach_sid_loss
 from whyrec.train.packing import Mix, PackedOrder, Row, pack
+from whyrec.train.rows import KeepRows, row_parameters
 from whyrec.train.validation import ValidatedTrainer, Validation
 
 
@@ -41,6 +43,8 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         validation: who is ranked for in evaluations, and how.
         compiled: compile the model's blocks, on a GPU.
         average: decay of the weights' average, which is validated and kept; 0 for none.
+        block_lr: learning rate of all weights but the tokens' rows, where it is another; 0 else.
+        new_rows: ids of the tokens whose rows train, where the others are to stay as they are.
 
     Attributes:
         trained_tokens: tokens trained on so far by this process and the others, no padding.
@@ -57,7 +61,10 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         validation: Validation,
         compiled: bool = False,
         average: float = 0.0,
+        block_lr: float = 0.0,
+        new_rows: Sequence[int] | None = None,
     ) -> None:
+        self.block_lr, self.new_rows = block_lr, new_rows
         # FSDP2 shards a model in place. A copy is sharded instead: `model`, the caller's, stays
         # whole for ranking and saving, and has the trained weights after every `train`.
         self.whole = model
@@ -103,9 +110,27 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         self.average = WeightAverage(self.model, decay=average) if average else None
         if self.average is not None:
             self.add_callback(self.average)
+        if new_rows is not None:
+            self.add_callback(KeepRows(new_rows))
         attach_sid_loss(plain_model(self.model), sid_loss, blocks=self.blocks)
         if compiled:
             _compile_blocks(plain_model(self.model))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if made or not (self.block_lr or self.new_rows is not None):
+            return optimizer
+        rows = {id(p) for _, p in row_parameters(self.model if model is None else model)}
+        groups = []
+        for group in optimizer.param_groups:
+            of_rows = [p for p in group["params"] if id(p) in rows]
+            others = [p for p in group["params"] if id(p) not in rows]
+            decay = group["weight_decay"] if self.new_rows is None else 0.0
+            groups.append(group | {"params": of_rows, "weight_decay": decay})
+            groups.append(group | {"params": others, "lr": self.block_lr or group["lr"]})
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         return self.accelerator.prepare(
