@@ -104,10 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         "--against", type=Path, help="another model of the run, for gains over it by user"
     )
     command.add_argument(
-        "--views", type=int, default=0,
-        help="add rows whyrec-views, which mix so many views of each history",
-    )  # fmt: skip
-    command.add_argument(
         "--temperature", type=float, help="of their sampling; else the model's setting"
     )
     command.add_argument(
@@ -247,7 +243,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         traces=options.traces,
         against=options.against,
-        views=options.views,
         command=shlex.join(["whyrec", *sys.argv[1:]]),
         json_path=options.json,
     )

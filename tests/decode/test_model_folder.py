@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import LEVEL_SIZES, NUM_ITEMS
 from whyrec.catalog.dataset import Item
 from whyrec.catalog.withheld import withheld
-from whyrec.decode.model_folder import CATALOGUE_FILES, Settings, load_model_folder
+from whyrec.decode.model_folder import (
+    CATALOGUE_FILES,
+    Settings,
+    load_model_folder,
+    read_settings,
+)
 from whyrec.prompting.encoder import item_text
 from whyrec.sid.trie import Trie
 
@@ -101,6 +106,16 @@ def test_settings_of_another_trie(model_folder) -> None:
     (model_folder / "whyrec.json").write_text(json.dumps(settings | {"level_sizes": [4, 4, 8]}))
     with pytest.raises(ValueError, match=r"do not|different"):
         load_model_folder(model_folder)
+
+
+def test_a_folder_of_before_is_read_where_it_misses_nothing(model_folder) -> None:
+    path = model_folder / "whyrec.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"shortlist": 0, "neighbour_grades": False}))
+    assert read_settings(model_folder).level_sizes == settings["level_sizes"]
+    path.write_text(json.dumps(settings | {"shortlist": 12}))
+    with pytest.raises(ValueError, match=r"another version of WhyRec .*shortlist"):
+        read_settings(model_folder)
 
 
 def test_every_catalogue_file_is_copied(saved_model, prepared_run) -> None:

@@ -274,24 +274,6 @@ def test_the_priors_weight_is_the_best_on_validation(run, extended) -> None:
     assert weight in prior.WEIGHTS
 
 
-def test_several_views_have_rows_of_their_own(run) -> None:
-    figures = evaluate(run / "model" / "aligned", run, split="test", beams=10, views=3)
-    one = evaluate(run / "model" / "aligned", run, split="test", beams=10, views=1)
-    for history in ("excluded", "kept"):
-        for metric in ("R@10", "N@5"):
-            key = f"test/{history}/{metric}"
-            assert one[f"whyrec-views/{key}"] == one[f"whyrec/{key}"] == figures[f"whyrec/{key}"]
-            assert 0 <= figures[f"whyrec-views/{key}"] <= 1
-    gain = figures["views_gain/N@10"]
-    expected = figures["whyrec-views/test/excluded/N@10"] / figures["whyrec/test/excluded/N@10"] - 1
-    assert gain == pytest.approx(expected) and one["views_gain/N@10"] == 0
-    assert figures["views_gain/N@10/low"] <= gain <= figures["views_gain/N@10/high"]
-    assert figures["cost/views/seconds"] > 0
-    for wrong in ({"views": -1}, {"views": 2, "think": "on"}):
-        with pytest.raises(ValueError, match="views"):
-            evaluate(run / "model" / "aligned", run, split="test", beams=10, **wrong)
-
-
 @pytest.mark.parametrize("weight", [-0.1, 1.5, 2, float("nan")])
 def test_a_weight_that_is_no_share_is_refused(run, weight) -> None:
     with pytest.raises(ValueError, match="weight must lie between 0 and 1"):

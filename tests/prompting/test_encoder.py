@@ -113,7 +113,7 @@ def test_every_template_renders(extended: Extended, name: str) -> None:
 
 
 def test_a_template_with_an_unknown_slot_is_an_error(extended: Extended) -> None:
-    with pytest.raises(KeyError, match="film"):
+    with pytest.raises(ValueError, match=r"nothing to fill \{film\}"):
         extended.encoder.render("{film}", text=[1])
 
 

@@ -19,6 +19,7 @@ from whyrec.backbone import packed_attention
 from whyrec.backbone.extend import extend_vocabulary, new_token_ids
 from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import load_adapter
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.dataset import Dataset
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.train import align as align_module
@@ -330,6 +331,25 @@ def test_all_weights(run, backbone) -> None:
     assert len(Recommender.from_pretrained(folder).recommend([], k=3)) == 3
 
 
+def test_the_model_folder_tells_what_training_told_of_alike_items(run, backbone) -> None:
+    settings = {"alike": 2, "note_events": 3, "max_steps": 1, "evaluations": 1}
+    align(run, make_recipe(backbone, warmup_epochs=0, **settings))
+    folder, dataset = run / "model" / "aligned", Dataset.load(run / "dataset")
+    measured = Alike.measure(dataset.items)
+    kept = Alike.load(folder / "alike.parquet", item_ids=[item.item_id for item in dataset.items])
+    assert np.array_equal(kept.near_NK, measured.near_NK)
+    recommender = Recommender.from_pretrained(folder)
+    notes, encoder = recommender.encoder.notes, recommender.encoder
+    assert notes is not None and notes.visits is not None  # whose counts say what is liked
+    (like,) = notes.like([3], None)
+    tail = [token for item in like for token in encoder.item(item)]
+    assert len(like) == 2 and encoder.history([3])[-len(tail) :] == tail
+    shutil.copytree(folder, run / "moved")
+    (run / "moved" / "alike.parquet").unlink()
+    with pytest.raises(ValueError, match=r"cannot read which items are alike.*copy the model"):
+        Recommender.from_pretrained(run / "moved")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_words_stay_and_blocks_learn_at_their_own_rate(run, make_backbone, tied: bool) -> None:
     folder = make_backbone(tied=tied)
@@ -503,8 +523,6 @@ def test_what_is_kept_lies_between_the_backbone_and_what_was_trained(
 def test_settings_that_cannot_be_are_told(prepared_run, backbone) -> None:
     with pytest.raises(ValueError, match="block_lr must not lie below 0"):
         align(prepared_run, make_recipe(backbone, block_lr=-1e-3))
-    with pytest.raises(ValueError, match="replay_epochs must not lie below 0"):
-        align(prepared_run, make_recipe(backbone, replay_epochs=-1))
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         align(prepared_run, make_recipe(backbone, lora_rank=0, backbone_share=1.5))
     with pytest.raises(ValueError, match="set lora_rank: 0"):

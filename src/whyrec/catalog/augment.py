@@ -1,7 +1,6 @@
 """A history as it might have been: some events left out, the others a little out of order.
 
-Alignment shows no history twice the same (`train/mix.py`), and a ranking may be mixed over several
-such views of one (`decode/views.py`).
+Alignment shows no history twice the same (`train/mix.py`).
 """
 
 import numpy as np

@@ -42,6 +42,8 @@ CATALOGUE_FILES = (
 )
 COVISITS_FILE = "covisits.parquet"
 ALIKE_FILE = "alike.parquet"
+# Settings that are gone, with the values at which a model does not miss them.
+_RETIRED = {"neighbour_grades": False, "shortlist": 0}
 TEMPLATES = ("recommend", "rationale")
 
 
@@ -268,6 +270,9 @@ def read_settings(folder: Path) -> Settings:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        for name, off in _RETIRED.items():
+            if values.get(name) == off:
+                del values[name]
         if values.get("thoughts"):
             values["thoughts"] = ThoughtSettings(**values["thoughts"])
         return Settings(**values)

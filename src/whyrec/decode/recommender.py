@@ -23,7 +23,7 @@ import torch
 from whyrec.catalog.dataset import nearest_ids
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.model_folder import ModelFolder, load_model_folder
-from whyrec.decode.ranking import Ranking
+from whyrec.decode.ranking import Ranking, rank_histories
 from whyrec.decode.think import Thinker, ThoughtSettings
 from whyrec.decode.thought_ranking import (
     ThoughtRanking,
@@ -32,7 +32,6 @@ from whyrec.decode.thought_ranking import (
     rank_thinking,
     speaks_most,
 )
-from whyrec.decode.views import rank_views
 from whyrec.sid.vocabulary import sid_text
 
 
@@ -144,16 +143,14 @@ class Recommender:
         histories: Sequence[np.ndarray],
         *,
         width: int,
-        views: int = 1,
         exclude_history: Sequence[bool] = (True,),
         progress: str = "",
     ) -> list[Ranking]:
-        """Rank the catalogue for many histories of item indices; see `views.rank_views`."""
-        return rank_views(
+        """Rank the catalogue for many histories of item indices; see `ranking.rank_histories`."""
+        return rank_histories(
             self.decoder,
             self.encoder,
             histories,
-            views=views,
             width=width,
             max_history=self.settings.max_history,
             exclude_history=exclude_history,

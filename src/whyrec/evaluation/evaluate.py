@@ -31,7 +31,6 @@ from whyrec.evaluation.thinking import (
     fused_rankings,
     model_gains,
     rank_after_thinking,
-    row_gains,
     think_gains,
     thought_settings,
 )
@@ -55,7 +54,6 @@ def evaluate(
     temperature: float | None = None,
     traces: bool = False,
     against: Path | None = None,
-    views: int = 0,
     command: str = "",
     json_path: Path | None = None,
 ) -> dict[str, float]:
@@ -86,7 +84,7 @@ def evaluate(
     Returns:
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
         `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC`,
-        `fused_gain/METRIC`, `views_gain/METRIC` and `against/ROW/METRIC` (shares, history
+        `fused_gain/METRIC` and `against/ROW/METRIC` (shares, history
         excluded), `cost/...`, `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without
         thinking, both ways), `language/...` and `caption/...`.
 
@@ -100,10 +98,6 @@ def evaluate(
         raise ValueError(f"the prior's weight must lie between 0 and 1, not {prior_weight}")
     if think == "on" and prior_weight is not None:
         raise ValueError("the prior is mixed with rankings without thinking; use --think both")
-    if think == "on" and views:
-        raise ValueError("views are ranked without thinking; use --think both")
-    if views < 0:
-        raise ValueError(f"views must not lie below 0, not {views}")
     if traces and think == "off":
         raise ValueError("there are no traces without thinking; use --think on or both")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
@@ -124,15 +118,6 @@ def evaluate(
     if think != "on":
         rows["whyrec"] = _rank(recommender, examples, beams=beams, split=split)
         extra["evaluate/seconds"] = time.perf_counter() - start
-    if views:
-        start = time.perf_counter()
-        rows["whyrec-views"] = _rank(recommender, examples, beams=beams, split=split, views=views)
-        extra["cost/views/seconds"] = (time.perf_counter() - start) / len(examples)
-        extra |= row_gains(
-            rows["whyrec"]["excluded"],
-            {"views": rows["whyrec-views"]["excluded"]},
-            examples.targets_E,
-        )
     if think != "off":
         thinking = rank_after_thinking(
             recommender, examples, beams=beams, split=split, settings=settings
@@ -238,12 +223,11 @@ def _check_catalogue(recommender: Recommender, dataset: Dataset, model: Path, ru
 
 
 def _rank(
-    recommender: Recommender, examples: Examples, *, beams: int, split: str, views: int = 1
+    recommender: Recommender, examples: Examples, *, beams: int, split: str
 ) -> dict[str, Ranking]:
     rankings = recommender.rank(
         examples.histories,
         width=beams,
-        views=views,
         exclude_history=list(HISTORIES.values()),
         progress=f"ranking for {split} users",
     )

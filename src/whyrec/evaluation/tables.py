@@ -43,7 +43,6 @@ MODEL_NAMES = {  # in the order of the rows; other models come last under their 
     "activated": "WhyRec, activated",
     "whyrec": "WhyRec",
     "whyrec+prior": "WhyRec with a co-visitation prior",
-    "whyrec-views": "WhyRec, several views",
     "whyrec-think": "WhyRec, thinking",
     "whyrec-fused": "WhyRec, fused",
     "whyrec-ahead": "WhyRec, thought ahead",

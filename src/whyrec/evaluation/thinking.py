@@ -117,21 +117,16 @@ def think_gains(
         `NAME_gain/R@10` and `/N@10` with `/low` and `/high`, and `/per_token`; none where not
         thinking never hits.
     """
-    figures = row_gains(plain, others, targets_E)
-    gains = [key for key in figures if not key.endswith(("/low", "/high"))]
-    return figures | {f"{key}/per_token": figures[key] / max(tokens, 1.0) for key in gains}
-
-
-def row_gains(
-    plain: Ranking, others: Mapping[str, Ranking], targets_E: np.ndarray
-) -> dict[str, float]:
-    """`NAME_gain/R@10` and `/N@10` of other rows of one model, as `think_gains` has them."""
     figures: dict[str, float] = {}
     base = ranking_metrics(plain.items_EW, targets_E, cutoffs=(10,))
     for name, ranking in others.items():
         found = ranking_metrics(ranking.items_EW, targets_E, cutoffs=(10,))
         for metric in ("R@10", "N@10"):
-            figures |= _relative_gain(f"{name}_gain/{metric}", found[metric], base[metric])
+            key = f"{name}_gain/{metric}"
+            gain = _relative_gain(key, found[metric], base[metric])
+            figures |= gain
+            if gain:
+                figures[f"{key}/per_token"] = gain[key] / max(tokens, 1.0)
     return figures
 
 

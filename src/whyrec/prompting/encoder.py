@@ -158,12 +158,20 @@ class PromptEncoder:
         return self.text(self.notes.text(item))[: self.notes.text_tokens]
 
     def render(self, template: str, **slots: Sequence[int]) -> list[list[int]]:
-        """Fill a template's `{slots}` with token ids; the pieces in order, literals included."""
+        """Fill a template's `{slots}` with token ids; the pieces in order, literals included.
+
+        Raises:
+            ValueError: for a slot that nothing is there for.
+        """
         pieces: list[list[int]] = []
         for literal, slot, _, _ in string.Formatter().parse(template):
             if literal:
                 pieces.append(self.control(literal))
             if slot is not None:
+                if slot not in slots:
+                    raise ValueError(
+                        f"there is nothing to fill {{{slot}}} of {template!r} with; take it out"
+                    )
                 pieces.append(list(slots[slot]))
         return pieces
 

@@ -57,8 +57,6 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         )
     if recipe.block_lr < 0:
         raise ValueError(f"block_lr must not lie below 0, not {recipe.block_lr}")
-    if recipe.replay_epochs < 0:
-        raise ValueError(f"replay_epochs must not lie below 0, not {recipe.replay_epochs}")
     if not 0 <= recipe.backbone_share <= 1:
         raise ValueError(f"backbone_share must lie between 0 and 1, not {recipe.backbone_share}")
     if recipe.backbone_share and (recipe.lora_rank or recipe.checkpoint):
@@ -176,7 +174,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 recipe.jitter_events,
                 recipe.withheld,
                 recipe.replays,
-                recipe.replay_epochs,
             ),
             epochs=settings.pop("epochs"),
             seed=recipe.seed,

@@ -49,8 +49,6 @@ class AlignRecipe:
             prompts it makes up the questions too.
         fresh_replays: other conversations each epoch, so that what is kept is the language and not
             these very replies; epochs times as many are made up.
-        replay_epochs: the last epochs that replay, when the learning rate is low and what is
-            learnt stays, as many conversations in all; 0 spreads them over all epochs.
         replay_tokens: tokens of a replayed reply at most.
         evaluations: validations during the mix.
         valid_users: validation users at most; 0 for all.
@@ -96,7 +94,6 @@ class AlignRecipe:
     replays: int = 64
     replay_tokens: int = 64
     fresh_replays: bool = False
-    replay_epochs: int = 0
     evaluations: int = 10
     valid_users: int = 1000
     beam_width: int = 20

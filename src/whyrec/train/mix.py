@@ -44,7 +44,6 @@ class MixSizes:
             that is drawn anew each epoch, and how much it may change too.
         withheld: share of the items whose text is never shown (`catalog/withheld.py`).
         replays: replies of the backbone that are replayed in an epoch; all of them when None.
-        replay_epochs: the last epochs that replay, as many in all as if every epoch did; 0 for all.
     """
 
     captions: float
@@ -54,7 +53,6 @@ class MixSizes:
     jitter_events: float = 0.0
     withheld: float = 0.0
     replays: int | None = None
-    replay_epochs: int = 0
 
 
 class AlignmentMix:
@@ -187,13 +185,8 @@ class AlignmentMix:
     def _replayed(self, epoch: int) -> list[int]:
         """Which replies an epoch replays: all in turn, none twice in one epoch."""
         there, wanted = len(self.replies), self.sizes.replays
-        replaying = min(self.sizes.replay_epochs or self.epochs, self.epochs)
-        turn = epoch - (self.epochs - replaying)
-        if turn < 0:
-            return []
-        average = there if wanted is None else wanted
-        every = min(round(average * self.epochs / replaying), there)
-        return [(turn * every + n) % there for n in range(every)]
+        every = there if wanted is None else min(wanted, there)
+        return [(epoch * every + n) % there for n in range(every)]
 
     def _window(self, index: int) -> np.ndarray:
         """The events of a sequence example, some left out and some out of order where asked."""
