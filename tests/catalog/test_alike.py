@@ -54,17 +54,41 @@ def test_brands_count_and_each_sign_of_scripts_without_spaces_is_a_word() -> Non
 def test_liked_items_come_first_but_not_for_ones_own_events() -> None:
     items = [Item(str(n), title) for n, title in enumerate(["red", "red hat", "red bag", "tin"])]
     alike = Alike.measure(items)
-    events_N = np.array([0.0, 1.0, 9.0, 50.0])
-    best, scores = alike.best(0, k=9, events_N=events_N)
-    cosine = alike.cosines_NK[0, 0]
-    assert best.tolist() == [2, 1]
-    assert scores == pytest.approx([cosine**2 * 10**0.25, cosine**2 * 2**0.25])
-    assert alike.best(0, k=9, events_N=events_N, own=[2] * 9)[0].tolist() == [1, 2]
-    assert alike.best(0, k=9, events_N=events_N, popularity=0)[0].tolist() == [1, 2]
-    assert alike.best(0, k=1, events_N=events_N)[0].tolist() == [2]
-    assert alike.best(0, k=9, events_N=events_N, without=[2, 3])[0].tolist() == [1]
-    assert alike.best(3, k=9, events_N=events_N)[0].tolist() == []
-    assert alike.best(7, k=9, events_N=events_N)[0].tolist() == []  # came after the measurement
+    how = {"k": 9, "events_N": np.array([0.0, 1.0, 9.0, 50.0])}
+    assert told(alike.beside([0], **how)) == [[2, 1]]
+    assert told(alike.beside([0], own=[2] * 9, **how)) == [[1, 2]]
+    assert told(alike.beside([0], popularity=0, **how)) == [[1, 2]]
+    assert told(alike.beside([0], **how | {"k": 1})) == [[2]]
+    # No event is told of itself or of those before it, and what is like none is like none.
+    assert told(alike.beside([1, 3, 2, 0], **how)) == [[0, 2], [], [0], []]
+    assert told(alike.beside([1, 3, 2, 0], last=2, **how)) == [[0], []]
+    assert told(alike.beside([7, 0], **how)) == [[], [2, 1]]  # 7 came after the measurement
+    assert alike.beside([], **how) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), titles=titles.filter(len), k=st.integers(1, 4))
+def test_beside_is_what_sorting_every_event_by_itself_finds(data, titles, k: int) -> None:
+    items = [Item(str(n), title) for n, title in enumerate(titles)]
+    alike = Alike.measure(items, kept=5)
+    some = st.lists(st.integers(0, len(items) - 1), max_size=6)
+    history, own, counted = data.draw(some), data.draw(st.none() | some), data.draw(some)
+    events_N = np.bincount(counted, minlength=len(items)).astype(float)
+    found = told(alike.beside(history, k=k, events_N=events_N, own=own))
+    mine = history if own is None else own
+    for place, event in enumerate(history):
+        scores = {}
+        for other, cosine in zip(alike.near_NK[event], alike.cosines_NK[event], strict=True):
+            if other >= 0 and other not in history[: place + 1]:
+                liked = max(events_N[other] - mine.count(other), 0) + 1
+                scores[int(other)] = float(cosine) ** 2 * liked**0.25
+        assert len(found[place]) == min(k, len(scores))
+        expected = sorted(scores.values(), reverse=True)[:k]
+        assert [scores[other] for other in found[place]] == pytest.approx(expected)
+
+
+def told(found: list[np.ndarray]) -> list[list[int]]:
+    return [items.tolist() for items in found]
 
 
 def test_a_file_outlives_changes_of_the_catalogue(tmp_path: Path) -> None:
@@ -76,13 +100,8 @@ def test_a_file_outlives_changes_of_the_catalogue(tmp_path: Path) -> None:
     assert np.array_equal(same.cosines_NK, alike.cosines_NK)
     # "a" is gone, "new" has come, and the order is another
     other = Alike.load(tmp_path / "alike.parquet", item_ids=["new", "c", "d", "b"])
-    events_N = np.zeros(4)
-    assert [other.best(n, k=3, events_N=events_N)[0].tolist() for n in range(4)] == [
-        [],
-        [3],
-        [],
-        [1],
-    ]
+    best = [told(other.beside([item], k=3, events_N=np.zeros(4))) for item in range(4)]
+    assert best == [[[]], [[3]], [[]], [[1]]]
 
 
 def test_a_damaged_file_is_told_of(tmp_path: Path) -> None:

@@ -66,46 +66,57 @@ class Alike:
                     near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
         return cls(near_NK, cosines_NK)
 
-    def best(
+    def beside(
         self,
-        item: int,
+        history: Sequence[int],
         *,
         k: int,
         events_N: np.ndarray,
-        own: Sequence[int] | np.ndarray = (),
-        without: Sequence[int] | np.ndarray = (),
+        own: Sequence[int] | np.ndarray | None = None,
+        last: int | None = None,
         popularity: float = POPULARITY,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The items that are most like one and liked, best first.
+    ) -> list[np.ndarray]:
+        """For each event of a history the items that are most like it and liked, best first.
 
         Args:
-            item: the item; one that is newer than the measurement is like none.
-            k: how many at most.
+            history: item indices, oldest first; an event and those before it are none of its own.
+            k: items of an event at most.
             events_N: training events of each item.
-            own: the user's training sequence, whose events do not count.
-            without: items that are not to be among them.
+            own: the user's training sequence, whose events do not count; the history itself when
+                None.
+            last: of how many of the newest events; None for all.
             popularity: power of an item's events; 0 leaves the cosines alone.
 
         Returns:
-            Items and scores, fewer than k where few share any word.
+            For each of those events its items, fewer than k where few share any word with it, none
+            for an event that is newer than the measurement.
 
         Example:
             >>> shampoo, refill, comb = (Item(t, t) for t in ("blue shampoo", "shampoo", "comb"))
-            >>> Alike.measure([shampoo, refill, comb]).best(0, k=2, events_N=np.zeros(3))[0]
-            array([1], dtype=int32)
+            >>> Alike.measure([shampoo, refill, comb]).beside([0, 2], k=2, events_N=np.zeros(3))
+            [array([1], dtype=int32), array([], dtype=int32)]
         """
-        if item >= len(self.near_NK):
-            return np.empty(0, np.int32), np.empty(0)
-        near_K, cosines_K = self.near_NK[item], self.cosines_NK[item]
-        here_K = near_K >= 0
-        if len(without):
-            here_K &= ~np.isin(near_K, without)
-        near_C, scores_C = near_K[here_K], cosines_K[here_K].astype(np.float64) ** 2
+        history_H = np.asarray(history, dtype=np.int64)
+        first = 0 if last is None else max(0, len(history_H) - last)
+        places_E = np.arange(first, len(history_H))
+        known_E = history_H[places_E] < len(self.near_NK)
+        rows_E = np.where(known_E, history_H[places_E], 0)
+        if not len(self.near_NK) or not len(rows_E):
+            return [np.empty(0, np.int32)] * len(rows_E)
+        near_EK = np.where(known_E[:, None], self.near_NK[rows_E], -1)
+        had_EKH = near_EK[..., None] == history_H
+        before_EH = np.arange(len(history_H)) <= places_E[:, None]
+        barred_EK = (near_EK < 0) | (had_EKH & before_EH[:, None]).any(-1)
+        scores_EK = self.cosines_NK[rows_E].astype(np.float64) ** 2
         if popularity:
-            mine_C = (near_C[:, None] == np.asarray(own)).sum(1) if len(own) else 0
-            scores_C *= (np.maximum(events_N[near_C] - mine_C, 0) + 1) ** popularity
-        order = np.argsort(-scores_C, kind="stable")[:k]
-        return near_C[order], scores_C[order]
+            is_own = had_EKH if own is None else near_EK[..., None] == np.asarray(own)
+            others_EK = np.maximum(events_N[near_EK] - is_own.sum(-1), 0)
+            scores_EK *= (others_EK + 1) ** popularity
+        scores_EK[barred_EK] = -1.0
+        order_EK = np.argsort(-scores_EK, axis=1, kind="stable")[:, :k]
+        counts_E = np.minimum(k, (~barred_EK).sum(1))
+        best_EK = np.take_along_axis(near_EK, order_EK, axis=1)
+        return [best_K[:count] for best_K, count in zip(best_EK, counts_E, strict=True)]
 
     def save(self, path: Path, *, item_ids: Sequence[str]) -> None:
         """Write Parquet, one row an item: its id, and rows and cosines of its nearest."""

@@ -85,20 +85,12 @@ class Notes:
         self, history: Sequence[int], own: Sequence[int] | np.ndarray | None
     ) -> list[list[int]]:
         """The items that are like a history's noted events; `own` as for `CoVisits.neighbours`."""
-        noted = min(self.events, len(history))
         if self.likeness is None or self.visits is None:
-            return [[] for _ in range(noted)]
-        mine = history if own is None else own
-        return [
-            self.likeness.best(
-                history[place],
-                k=self.alike,
-                events_N=self.visits.events_N,
-                own=mine,
-                without=history[: place + 1],
-            )[0].tolist()
-            for place in range(len(history) - noted, len(history))
-        ]
+            return [[]] * min(self.events, len(history))
+        found = self.likeness.beside(
+            history, k=self.alike, events_N=self.visits.events_N, own=own, last=self.events
+        )
+        return [items.tolist() for items in found]
 
     def _grades(self, scores: np.ndarray) -> np.ndarray:
         return np.clip(np.floor(2 * np.log2(scores / self._typical)) + 7, 0, 9).astype(int)
