@@ -9,6 +9,7 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
         --run runs/NAME --recipe recipes/NAME/align.yaml
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_conversations
+from whyrec.train.teachers import check_teachers, load_teachers
 from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.validation import Validation
 from whyrec.train.warmup import warm_up
@@ -75,6 +77,12 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     } | ({"checkpoint": checkpoint} if checkpoint else {})
     if checkpoint:
         check_checkpoint(checkpoint, run / "sids")
+    if not 0 <= recipe.taught <= 1:
+        raise ValueError(f"taught must lie between 0 and 1, not {recipe.taught}")
+    teachers = [Path(folder) for folder in recipe.teachers]
+    level_sizes = Trie.load(run / "sids" / "trie.safetensors").level_sizes
+    check_teachers(teachers, _made(recipe, level_sizes), sids=run / "sids" / "sids.parquet")
+    inputs |= {f"teacher {folder}": folder for folder in teachers}
     run_stage(
         run / "model" / "aligned",
         lambda folder: _build(run, recipe, folder),
@@ -123,19 +131,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     vocabulary = extend_vocabulary(
         model, tokenizer, level_sizes=trie.level_sizes, codebooks=codebooks, seed=recipe.seed
     )
-    made = Settings(
-        "aligned",
-        recipe.backbone,
-        list(trie.level_sizes),
-        recipe.max_history,
-        withheld=recipe.withheld,
-        note_events=recipe.note_events,
-        neighbours=recipe.neighbours,
-        neighbour_decay=recipe.neighbour_decay,
-        neighbour_damping=recipe.neighbour_damping,
-        text_tokens=recipe.text_tokens,
-        alike=recipe.alike,
-    )
+    made = _made(recipe, trie.level_sizes)
     encoder = training_encoder(
         run, made, tokenizer, vocabulary=vocabulary, items=dataset.items, codes_NL=codes_NL
     )
@@ -156,6 +152,13 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         text_weight=recipe.text_weight,
+        taught=recipe.taught if recipe.teachers else 0.0,
+    )
+    teachers = load_teachers(
+        [Path(folder) for folder in recipe.teachers],
+        vocabulary=vocabulary,
+        trie=validation.trie,
+        device=state.device,
     )
 
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
@@ -199,6 +202,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             compiled=recipe.compile,
             average=recipe.average if phase == "mix" else 0.0,
             block_lr=recipe.block_lr if phase == "mix" else 0.0,
+            teachers=teachers if phase == "mix" else None,
             new_rows=token_ids if recipe.keep_words and phase == "mix" else None,
         )
 
@@ -226,6 +230,23 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     if state.is_main_process:
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
     return summary | {"trained_tokens": mix.trained_tokens}
+
+
+def _made(recipe: AlignRecipe, level_sizes: Sequence[int]) -> Settings:
+    """What the recipe makes, as its model folder will say."""
+    return Settings(
+        "aligned",
+        recipe.backbone,
+        list(level_sizes),
+        recipe.max_history,
+        withheld=recipe.withheld,
+        note_events=recipe.note_events,
+        neighbours=recipe.neighbours,
+        neighbour_decay=recipe.neighbour_decay,
+        neighbour_damping=recipe.neighbour_damping,
+        text_tokens=recipe.text_tokens,
+        alike=recipe.alike,
+    )
 
 
 def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:
