@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from whyrec.catalog.alike import Alike
+from whyrec.catalog.alike import Alike, word_weights
 from whyrec.catalog.dataset import Item
 
 WORDS = ["red", "blue", "shoe", "hat", "Oz", "12", "ÄRMEL"]
@@ -85,6 +85,44 @@ def test_beside_is_what_sorting_every_event_by_itself_finds(data, titles, k: int
         assert len(found[place]) == min(k, len(scores))
         expected = sorted(scores.values(), reverse=True)[:k]
         assert [scores[other] for other in found[place]] == pytest.approx(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), titles=titles.filter(lambda titles: len(titles) > 1))
+def test_new_items_join_where_they_belong(data, titles) -> None:
+    items = [Item(str(n), title) for n, title in enumerate(titles)]
+    many = data.draw(st.integers(1, len(items)))
+    ids = [item.item_id for item in items]
+    before = Alike.measure(items[:many], kept=3)
+    pad = ((0, len(items) - many), (0, 0))
+    start = Alike(np.pad(before.near_NK, pad, constant_values=-1), np.pad(before.cosines_NK, pad))
+    changed = data.draw(st.sets(st.integers(0, many - 1), max_size=2))
+    items = [
+        Item(i, "red hat") if n in changed else item
+        for n, (i, item) in enumerate(zip(ids, items, strict=True))
+    ]
+    new = sorted(changed | set(range(many, len(items))))
+    ours = start.joined(items, new=new)
+    kept = start.near_NK.shape[1]
+    weights_NV = word_weights(items).toarray()
+    cosines_NN = weights_NV @ weights_NV.T
+    np.fill_diagonal(cosines_NN, 0)
+    for item in range(len(items)):
+        if item in new:
+            possible = cosines_NN[item]
+        else:
+            possible = np.zeros(len(items))
+            possible[new] = cosines_NN[item, new]
+            for other, cosine in zip(start.near_NK[item], start.cosines_NK[item], strict=True):
+                if other >= 0 and other not in new:
+                    possible[other] = cosine
+        expected = np.sort(possible)[::-1][:kept]
+        assert ours.cosines_NK[item] == pytest.approx(expected, abs=1e-6)
+        known = ours.near_NK[item] >= 0
+        assert possible[ours.near_NK[item][known]] == pytest.approx(
+            expected[: known.sum()], abs=1e-6
+        )
+        assert (expected[known.sum() :] == 0).all()
 
 
 def told(found: list[np.ndarray]) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """`align` from end to end on a tiny backbone and a catalogue with a planted pattern."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -21,6 +22,9 @@ from whyrec.backbone.load import load_backbone
 from whyrec.backbone.lora import load_adapter
 from whyrec.catalog.alike import Alike
 from whyrec.catalog.dataset import Dataset
+from whyrec.decode import add_items as add_items_module
+from whyrec.decode.add_items import add_items
+from whyrec.decode.model_folder import load_model_folder
 from whyrec.sid.quantizers import load_quantizer
 from whyrec.train import align as align_module
 from whyrec.train.align import align
@@ -331,7 +335,9 @@ def test_all_weights(run, backbone) -> None:
     assert len(Recommender.from_pretrained(folder).recommend([], k=3)) == 3
 
 
-def test_the_model_folder_tells_what_training_told_of_alike_items(run, backbone) -> None:
+def test_the_model_folder_tells_what_training_told_of_alike_items(
+    run, backbone, monkeypatch
+) -> None:
     settings = {"alike": 2, "note_events": 3, "max_steps": 1, "evaluations": 1}
     align(run, make_recipe(backbone, warmup_epochs=0, **settings))
     folder, dataset = run / "model" / "aligned", Dataset.load(run / "dataset")
@@ -344,7 +350,17 @@ def test_the_model_folder_tells_what_training_told_of_alike_items(run, backbone)
     (like,) = notes.like([3], None)
     tail = [token for item in like for token in encoder.item(item)]
     assert len(like) == 2 and encoder.history([3])[-len(tail) :] == tail
+    # A new item is told of beside those whose words it has, and the other way round.
+    (run / "new.csv").write_text(f"item_id,title\nnew,{dataset.items[3].title} again\n")
     shutil.copytree(folder, run / "moved")
+    free = set(itertools.product(*map(range, LEVEL_SIZES)))
+    free -= set(map(tuple, load_model_folder(folder).codes_NL.tolist()))
+    sid = torch.tensor([min(free)])
+    monkeypatch.setattr(add_items_module, "encode_new_items", lambda *_, **__: sid)
+    assert add_items(run / "moved", run / "new.csv") == 1
+    noted = Recommender.from_pretrained(run / "moved").encoder.notes
+    assert noted is not None and 3 in noted.like([NUM_ITEMS], None)[0]
+    assert noted.likeness is not None and NUM_ITEMS in noted.likeness.near_NK[3]
     (run / "moved" / "alike.parquet").unlink()
     with pytest.raises(ValueError, match=r"cannot read which items are alike.*copy the model"):
         Recommender.from_pretrained(run / "moved")

@@ -66,6 +66,43 @@ class Alike:
                     near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
         return cls(near_NK, cosines_NK)
 
+    def joined(self, items: Sequence[Item], *, new: Sequence[int]) -> "Alike":
+        """The same with some items measured anew against all, and put where they belong.
+
+        What was measured of the others among themselves stays, though a few words have become a
+        little more common. It costs what the new items cost.
+
+        Args:
+            items: the catalogue, in the order of the rows.
+            new: rows of items that are new, or have other words now.
+        """
+        near_NK, cosines_NK, are_new = self.near_NK.copy(), self.cosines_NK.copy(), set(new)
+        stale_NK = np.isin(near_NK, list(are_new))
+        near_NK[stale_NK], cosines_NK[stale_NK] = -1, 0.0
+        weights_NV = word_weights(items)
+        kept = near_NK.shape[1]
+        for start in range(0, len(new), _BLOCK):
+            rows_B = np.asarray(new[start : start + _BLOCK])
+            found_BN = (weights_NV[rows_B] @ weights_NV.T).tocsr()
+            for row, item in enumerate(rows_B.tolist()):
+                near_NK[item], cosines_NK[item] = -1, 0.0
+                best, cosines = _nearest(found_BN, row, item=item, kept=kept)
+                near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
+            for item, other, cosine in zip(
+                rows_B[np.repeat(np.arange(len(rows_B)), np.diff(found_BN.indptr))].tolist(),
+                found_BN.indices.tolist(),
+                found_BN.data.tolist(),
+                strict=True,
+            ):
+                worst = int(cosines_NK[other].argmin()) if kept else -1
+                if other not in are_new and worst >= 0 and cosine > cosines_NK[other, worst]:
+                    near_NK[other, worst], cosines_NK[other, worst] = item, cosine
+        order_NK = np.lexsort((near_NK, -cosines_NK), axis=1)
+        return Alike(
+            np.take_along_axis(near_NK, order_NK, axis=1),
+            np.take_along_axis(cosines_NK, order_NK, axis=1),
+        )
+
     def beside(
         self,
         history: Sequence[int],

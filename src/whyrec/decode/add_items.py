@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from whyrec.backbone.load import load_backbone
+from whyrec.catalog.alike import Alike
 from whyrec.catalog.dataset import Item, read_items, write_items
 from whyrec.catalog.readers.tables import Columns, read_item_table
-from whyrec.decode.model_folder import ADDED, SETTINGS_FILE, catalogue_file, read_catalogue
+from whyrec.decode.model_folder import (
+    ADDED,
+    ALIKE_FILE,
+    SETTINGS_FILE,
+    catalogue_file,
+    read_catalogue,
+)
 from whyrec.sid.index import encode_new_items, read_sids, write_sids
 from whyrec.sid.trie import Trie
 
@@ -77,6 +84,10 @@ def new_catalogue(
         write_items(scratch / "items.parquet", items)
         write_sids(scratch / "sids.parquet", [item.item_id for item in items], codes_NL)
         Trie.build(codes_NL, level_sizes=tuple(level_sizes)).save(scratch / "trie.safetensors")
+        if (folder / ALIKE_FILE).exists():
+            _join_alike(folder, items).save(
+                scratch / ALIKE_FILE, item_ids=[item.item_id for item in items]
+            )
         yield scratch
         _move_added(folder)
         # One rename decides: before it the old catalogue counts, after it the new one.
@@ -84,6 +95,18 @@ def new_catalogue(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _move_added(folder)
+
+
+def _join_alike(folder: Path, items: Sequence[Item]) -> Alike:
+    """Which items of a new catalogue are alike: what has other words than before is compared."""
+    before = {item.item_id: item for item in read_catalogue(folder)[0]}
+    new = [n for n, item in enumerate(items) if _words(before.get(item.item_id)) != _words(item)]
+    path = catalogue_file(folder, ALIKE_FILE)
+    return Alike.load(path, item_ids=[item.item_id for item in items]).joined(items, new=new)
+
+
+def _words(item: Item | None) -> tuple[str, str] | None:
+    return None if item is None else (item.brand, item.title)
 
 
 def read_retired(folder: Path, *, num_levels: int) -> tuple[list[Item], Tensor]:

@@ -238,7 +238,7 @@ def folder_encoder(
         notes=settings.notes(
             items,
             visits=folder / COVISITS_FILE,
-            alike=folder / ALIKE_FILE,
+            alike=catalogue_file(folder, ALIKE_FILE),
         ),
     )
 
