@@ -155,7 +155,7 @@ def test_evaluate_with_tiger_and_a_prior(line, tmp_path) -> None:
     ran = whyrec(*command, "--prior", "auto")
     assert ran.code == 0 and "weight of the prior, chosen on validation: " in ran.err
     figures = json.loads((line.run / "eval" / "results.json").read_text())["figures"]
-    for name in ("tiger", "whyrec+prior"):
+    for name in ("tiger", "whyrec+counts-and-words"):
         assert f"{figures[f'{name}/test/excluded/N@10']:.4f}" in ran.out
     assert f"{figures['gain_over/tiger/test/excluded/N@10']:+.4f}" in ran.out
     weight = figures["prior/weight"]
@@ -163,7 +163,10 @@ def test_evaluate_with_tiger_and_a_prior(line, tmp_path) -> None:
     again = whyrec(*command, "--no-baselines", "--prior", weight)
     assert again.code == 0 and "tiger" not in again.out
     same = json.loads((line.run / "eval" / "results.json").read_text())["figures"]
-    assert same["whyrec+prior/test/kept/N@10"] == figures["whyrec+prior/test/kept/N@10"]
+    assert (
+        same["whyrec+counts-and-words/test/kept/N@10"]
+        == figures["whyrec+counts-and-words/test/kept/N@10"]
+    )
 
 
 def test_evaluate_language(line) -> None:

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prior",
         type=_prior,
         metavar="WEIGHT",
-        help="add rows whyrec+prior, co-visitation mixed in; a weight, or auto: by validation",
+        help="add rows with counts and common words mixed in; a weight, or auto: by validation",
     )
     command.add_argument(
         "--language", action="store_true", help="add language kept, and captions of items"

@@ -246,7 +246,11 @@ def test_the_prior_has_rows_of_its_own(run, extended, capsys) -> None:
     for metric in ("R@5", "N@10", "MRR", "coverage"):
         for history in ("excluded", "kept"):
             key = f"test/{history}/{metric}"
-            assert none[f"whyrec+prior/{key}"] == none[f"whyrec/{key}"] == pure[f"whyrec/{key}"]
+            assert (
+                none[f"whyrec+counts-and-words/{key}"]
+                == none[f"whyrec/{key}"]
+                == pure[f"whyrec/{key}"]
+            )
     capsys.readouterr()
     chosen = evaluate(model, run, split="test", beams=NUM_ITEMS, prior_weight="auto")
     weight = chosen["prior/weight"]
@@ -254,11 +258,13 @@ def test_the_prior_has_rows_of_its_own(run, extended, capsys) -> None:
     # The ring is what counts know best and random weights do not know at all.
     assert weight > 0
     for history in ("excluded", "kept"):
-        assert chosen[f"whyrec+prior/test/{history}/N@10"] > (
+        assert chosen[f"whyrec+counts-and-words/test/{history}/N@10"] > (
             pure[f"whyrec/test/{history}/N@10"] + 0.2
         )
     table = figures_table(chosen)
-    assert table.count("\nwhyrec+prior") == 4 and table.endswith(f"\nprior/weight {weight}")
+    assert table.count("\nwhyrec+counts-and-words") == 4 and table.endswith(
+        f"\nprior/weight {weight}"
+    )
 
 
 def test_the_priors_weight_is_the_best_on_validation(run, extended) -> None:
@@ -266,7 +272,7 @@ def test_the_priors_weight_is_the_best_on_validation(run, extended) -> None:
     weight = evaluate(model, run, split="test", beams=20, prior_weight="auto")["prior/weight"]
     reached = {
         w: evaluate(model, run, split="valid", beams=20, prior_weight=w)[
-            "whyrec+prior/valid/excluded/N@10"
+            "whyrec+counts-and-words/valid/excluded/N@10"
         ]
         for w in (0.0, weight, 0.95)
     }

@@ -3,7 +3,7 @@
 Every user's target is ranked among all items, with the items of the history kept and with them
 excluded; both are reported, each with a 95 % bootstrap interval, beside what our model gains over
 each baseline. On demand: the same model thinking first (`evaluation/thinking.py`) and what its
-traces are worth (`evaluation/traces.py`), a co-visitation prior mixed in, in rows of its own, and
+traces are worth (`evaluation/traces.py`), counts and words mixed in, in rows of its own, and
 how much plain language the model has kept.
 
     whyrec evaluate runs/ml-100k/model/aligned --run runs/ml-100k
@@ -67,8 +67,8 @@ def evaluate(
         users: a fixed random subset of so many users; 0 for all.
         sasrec_recipe: settings of SASRec; None leaves all baselines but TIGER out.
         tiger_recipe: settings of the TIGER-style baseline; None leaves it out.
-        prior_weight: weight of the co-visitation prior in rows `whyrec+prior`, `auto` to choose it
-            on the validation split; None for no such rows.
+        prior_weight: weight of counts and common words in rows `whyrec+counts-and-words`, `auto`
+            to choose it on the validation split; None for no such rows.
         language: measure language kept and captions too.
         think: rank without thinking, with it, or both, and both mixed.
         thoughts: how many for each user; the model's own setting when None.
@@ -76,8 +76,6 @@ def evaluate(
         traces: measure the traces too and write `run/eval/traces.parquet`.
         against: another model of the run, such as that of an earlier stage, to be compared with
             by user; thinking with thinking, where it thinks.
-        views: of each history, ranked without thinking and mixed (`decode/views.py`), in rows
-            `whyrec-views`; 0 for no such rows.
         command: how this was called, for the record.
         json_path: where the record is written besides.
 
@@ -143,14 +141,16 @@ def evaluate(
         counts = baselines.tuned_co_visitation(dataset)
     if prior_weight is not None:
         assert counts is not None
+        tables = baselines.tuned_counts_and_words(dataset, counts)
         if prior_weight == "auto":
             prior_weight = _chosen_weight(
-                recommender, dataset, run, counts, beams=beams, users=users
+                recommender, dataset, run, tables, beams=beams, users=users
             )
         extra["prior/weight"] = prior_weight
         for name, ranking in rows["whyrec"].items():
-            mixture = prior.mix(ranking, counts, examples, exclude_history=HISTORIES[name])
-            ranked[f"whyrec+prior/{split}/{name}"] = mixture.ranked(prior_weight, k=beams)
+            mixture = prior.mix(ranking, tables, examples, exclude_history=HISTORIES[name])
+            prefix = f"whyrec+counts-and-words/{split}/{name}"
+            ranked[prefix] = mixture.ranked(prior_weight, k=beams)
     figures = extra
 
     def keep(more: Mapping[str, float]) -> None:

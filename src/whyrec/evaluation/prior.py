@@ -1,15 +1,16 @@
-"""The co-visitation prior: counts mixed into the LLM's list, as a separately reported option.
+"""A prior of counts and common words, mixed into the LLM's list: a separately reported option.
 
-Counts know things that the model does not (`eval/LOG.md`). For each user
+The two tables know things that the model does not (`eval/LOG.md`). For each user
 
-    p(item) = (1 - w) · p_LLM(item) + w · p_counts(item)
+    p(item) = (1 - w) · p_LLM(item) + w · p_tables(item)
 
-over the union of the beam's items and the best items by co-visitation. p_LLM is the beam's own
-probability, 0 for an item outside of it; p_counts is the co-visitation score divided by its sum
-over all items that may come. The weight w is chosen on the validation split. The pure LLM's figures
-stay the headline: rows with the prior are called `whyrec+prior`.
+over the union of the beam's items and the best items by the tables. p_LLM is the beam's own
+probability, 0 for an item outside of it; p_tables is their score divided by its sum over all items
+that may come. The weight w is chosen on the validation split. The pure LLM's figures stay the
+headline: rows with the prior are called `whyrec+counts-and-words`. Records of before November 27,
+2026 have rows `whyrec+prior`, which mix in co-visitation counts alone.
 
-    mixture = mix(ranking, co_visitation(dataset), examples, exclude_history=True)
+    mixture = mix(ranking, score_fn, examples, exclude_history=True)
     ranked_EW = mixture.ranked(weight, k=20)
 """
 

@@ -43,6 +43,7 @@ MODEL_NAMES = {  # in the order of the rows; other models come last under their 
     "activated": "WhyRec, activated",
     "whyrec": "WhyRec",
     "whyrec+prior": "WhyRec with a co-visitation prior",
+    "whyrec+counts-and-words": "WhyRec, counts and words mixed in",
     "whyrec-think": "WhyRec, thinking",
     "whyrec-fused": "WhyRec, fused",
     "whyrec-ahead": "WhyRec, thought ahead",
