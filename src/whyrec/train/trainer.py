@@ -126,6 +126,7 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
             _compile_blocks([plain_model(self.model), *others])
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Transformers' own, with a rate and a decay of their own for the tokens' rows."""
         made = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if made or not (self.block_lr or self.new_rows is not None):
