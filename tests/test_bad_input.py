@@ -303,9 +303,9 @@ def _(world):
     )
 
 
-@refused("align with neighbours that grow with age", "neighbour_decay must lie between 0 and 1")
+@refused("align with more teaching than there is", "taught must lie between 0 and 1")
 def _(world):
-    return ("align", "--run", world.run, "--set", "neighbour_decay=1.5")
+    return ("align", "--run", world.run, "--set", "taught=1.5")
 
 
 @refused("align from another catalogue's checkpoint", "belongs to another catalogue.*`whyrec index")

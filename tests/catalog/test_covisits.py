@@ -29,7 +29,7 @@ def near_items(visits: CoVisits, history: list[int], **how: Any) -> list[list[in
 
 
 def brute_force(
-    sequences: list[list[int]], history: list[int], *, without: int, decay: float, damping: float
+    sequences: list[list[int]], history: list[int], *, without: int, damping: float
 ) -> list[dict[int, float]]:
     """For each event the scores of its neighbours, as if one user had never been counted."""
     counts: dict[tuple[int, int], float] = defaultdict(float)
@@ -42,12 +42,11 @@ def brute_force(
                 if 0 < abs(distance) <= WINDOW:
                     weight = (1 if distance > 0 else BACKWARD) / abs(distance)
                     counts[item, sequence[other]] += weight
-    scores, running = [], dict.fromkeys(range(NUM_ITEMS), 0.0)
+    scores = []
     for place, item in enumerate(history):
-        for j in range(NUM_ITEMS):
-            running[j] = decay * running[j] + counts[item, j] / (events[j] + 1) ** damping
+        near = {j: counts[item, j] / (events[j] + 1) ** damping for j in range(NUM_ITEMS)}
         seen = history[: place + 1]
-        scores.append({j: s for j, s in running.items() if s > 0 and j not in seen})
+        scores.append({j: s for j, s in near.items() if s > 0 and j not in seen})
     return scores
 
 
@@ -58,10 +57,7 @@ def test_a_users_own_pairs_are_taken_out(sequences: list[list[int]], data: st.Da
     own = sequences[user]
     history = [item for item in own if data.draw(st.booleans())]  # some events left out
     visits = counted(sequences, kept=None)
-    how = {
-        "decay": data.draw(st.sampled_from([0.0, 0.5, 1.0])),
-        "damping": data.draw(st.sampled_from([0.0, 0.5])),
-    }
+    how = {"damping": data.draw(st.sampled_from([0.0, 0.5]))}
     found = near_items(visits, history, k=NUM_ITEMS, own=own, **how)
     expected = brute_force(sequences, history, without=user, **how)
     for near, scores in zip(found, expected, strict=True):

@@ -3,7 +3,6 @@
     C[i, j] = Σ over pairs of one user, at most `window` events apart,
               1/distance where j came after i, `backward`/distance where j came before i
     score(j | i) = C[i, j] / (events of j + 1) ** damping
-    score(j | history) = Σ decay ** (events since) · score(j | event)
 
 the item-to-item table of classic shops (Linden, Smith & York 2003). It is a baseline by itself
 (`evaluation/baselines.py`), and prompts may show its best items (`prompting/notes.py`).
@@ -31,7 +30,6 @@ from whyrec.catalog.dataset import write_table
 WINDOW, BACKWARD = 5, 0.5
 _KEPT = 128  # neighbours of an item that a file keeps, those with the highest counts
 _ROUNDING = 1e-4
-_FADED = 0.01  # an event whose weight has fallen below this is not looked at any more
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class CoVisits:
         k: int,
         own: Sequence[int] | np.ndarray | None = None,
         last: int | None = None,
-        decay: float = 0.0,
         damping: float = 0.5,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each event of a history the items that others chose near it, best first.
@@ -101,8 +98,6 @@ class CoVisits:
                 itself when None. Pairs that were never counted cost nothing: items of a history
                 are no news to whoever asks, and nobody else's counts change.
             last: of how many of the newest events; None for all.
-            decay: what an event's neighbours still weigh one event later: 0 looks at each event by
-                itself, above 0 at all of the history up to it.
             damping: how far popular items are held back; 0 leaves the counts as they are.
 
         Returns:
@@ -117,15 +112,12 @@ class CoVisits:
         history_H = np.asarray(history, dtype=np.int64)
         own_H = history_H if own is None else np.asarray(own, dtype=np.int64)
         first = 0 if last is None else max(0, len(history_H) - last)
-        start = max(0, first - _memory(decay))
-        items_U, scores_EU = self._near(history_H[start:], own_H, damping=damping)
-        for event in range(1, len(scores_EU) if decay else 0):
-            scores_EU[event] += decay * scores_EU[event - 1]
+        items_U, scores_EU = self._near(history_H[first:], own_H, damping=damping)
         # An item of the history is none from its first event on.
         at_H, is_there_H = _places(items_U, history_H)
         for place in np.flatnonzero(is_there_H):
-            scores_EU[max(place - start, 0) :, at_H[place]] = 0.0
-        return [_best(items_U, scores_U, k) for scores_U in scores_EU[first - start :]]
+            scores_EU[max(place - first, 0) :, at_H[place]] = 0.0
+        return [_best(items_U, scores_U, k) for scores_U in scores_EU]
 
     def _near(
         self, events_E: np.ndarray, own_H: np.ndarray, *, damping: float
@@ -205,13 +197,6 @@ class CoVisits:
             counts_P[order_P].astype(np.float32),
             events_N,
         )
-
-
-def _memory(decay: float) -> int:
-    """Events before the first noted one that still weigh on it."""
-    if not 0 < decay < 1:
-        return 0 if decay == 0 else 1 << 30
-    return int(np.ceil(np.log(_FADED) / np.log(decay)))
 
 
 def _places(sorted_U: np.ndarray, wanted_H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

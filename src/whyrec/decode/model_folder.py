@@ -43,7 +43,12 @@ CATALOGUE_FILES = (
 COVISITS_FILE = "covisits.parquet"
 ALIKE_FILE = "alike.parquet"
 # Settings that are gone, with the values at which a model does not miss them.
-_RETIRED = {"neighbour_grades": False, "shortlist": 0}
+_RETIRED = {
+    "neighbour_decay": 0.0,
+    "neighbour_damping": 0.5,
+    "neighbour_grades": False,
+    "shortlist": 0,
+}
 TEMPLATES = ("recommend", "rationale")
 
 
@@ -60,7 +65,6 @@ class Settings:
         withheld: share of the items whose text alignment never showed.
         note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
         neighbours: neighbours in a note at most.
-        neighbour_decay, neighbour_damping: how they are scored (`catalog/covisits.py`).
         text_tokens: tokens of the event's text in a note at most.
         alike: items in a note that are like the event by their text, at most.
     """
@@ -73,8 +77,6 @@ class Settings:
     withheld: float = 0.0
     note_events: int = 0
     neighbours: int = 0
-    neighbour_decay: float = 0.0
-    neighbour_damping: float = 0.5
     text_tokens: int = 0
     alike: int = 0
 
@@ -115,8 +117,6 @@ class Settings:
             self.note_events,
             self.neighbours,
             CoVisits.load(visits, item_ids=ids) if self.looks_up_visits else None,
-            decay=self.neighbour_decay,
-            damping=self.neighbour_damping,
             text_tokens=self.text_tokens,
             texts=texts,
             alike=self.alike,

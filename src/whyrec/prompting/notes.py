@@ -2,8 +2,7 @@
 
 *Neighbours* are the items that other users chose near an event (`catalog/covisits.py`), as SIDs:
 counts know exact pairs that a small model cannot keep in its weights, and a language model is good
-at picking up what stands before it. With `decay` above 0 they are those of the whole history up to
-the event, older events counting less. *Alike* are the items that share words with it, well-liked
+at picking up what stands before it. *Alike* are the items that share words with it, well-liked
 ones first (`catalog/alike.py`): a model that is shown the words of what somebody has, and of no
 other item, cannot know which others bear them. *Text* is the beginning of what the catalogue says
 of the event. The log and the catalogue are all they are made of, at training time as at serving
@@ -31,7 +30,6 @@ class Notes:
         events: how many of the newest events carry notes.
         neighbours: of an event, at most.
         visits: where neighbours are looked up; None where there are to be none.
-        decay, damping: how neighbours are scored; see `CoVisits.neighbours`.
         text_tokens: of an event's text, at most.
         texts: by item, what the catalogue says of it; may be empty where `text_tokens` is 0.
         alike: items that are like an event, at most; none of the history up to it is.
@@ -41,8 +39,6 @@ class Notes:
     events: int
     neighbours: int = 0
     visits: CoVisits | None = None
-    decay: float = 0.0
-    damping: float = 0.5
     text_tokens: int = 0
     texts: Sequence[str] = ()
     alike: int = 0
@@ -77,8 +73,6 @@ class Notes:
             k=self.neighbours,
             own=own,
             last=self.events,
-            decay=self.decay,
-            damping=self.damping,
         )
 
     def like(
@@ -98,7 +92,7 @@ class Notes:
     @cached_property
     def _typical(self) -> float:
         assert self.visits is not None
-        return self.visits.typical_best(damping=self.damping)
+        return self.visits.typical_best()
 
     def text(self, item: int) -> str:
         """What is said of an item."""

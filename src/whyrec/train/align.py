@@ -53,10 +53,6 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     """
     if recipe.beam_width < 10:
         raise ValueError(f"beam_width must be at least 10, for N@10, not {recipe.beam_width}")
-    if not 0 <= recipe.neighbour_decay <= 1 or recipe.neighbour_damping < 0:
-        raise ValueError(
-            "neighbour_decay must lie between 0 and 1, and neighbour_damping not below 0"
-        )
     if recipe.block_lr < 0:
         raise ValueError(f"block_lr must not lie below 0, not {recipe.block_lr}")
     if not 0 <= recipe.backbone_share <= 1:
@@ -242,8 +238,6 @@ def _made(recipe: AlignRecipe, level_sizes: Sequence[int]) -> Settings:
         withheld=recipe.withheld,
         note_events=recipe.note_events,
         neighbours=recipe.neighbours,
-        neighbour_decay=recipe.neighbour_decay,
-        neighbour_damping=recipe.neighbour_damping,
         text_tokens=recipe.text_tokens,
         alike=recipe.alike,
     )

@@ -17,9 +17,6 @@ class AlignRecipe:
         max_history: items of a history that a prompt holds at most.
         note_events: how many of a history's newest events carry notes (`prompting/notes.py`).
         neighbours: items that other users chose near such an event, in its note, at most.
-        neighbour_decay: what an event's neighbours still weigh one event later; 0 looks at each
-            event by itself.
-        neighbour_damping: how far popular neighbours are held back.
         text_tokens: tokens of such an event's text, in its note, at most.
         alike: items that share words with such an event, in its note, at most (`catalog/alike.py`).
         warmup_epochs: epochs of the token warm-up.
@@ -68,8 +65,6 @@ class AlignRecipe:
     max_history: int = 50
     note_events: int = 10
     neighbours: int = 0
-    neighbour_decay: float = 0.0
-    neighbour_damping: float = 0.5
     text_tokens: int = 0
     alike: int = 0
     warmup_epochs: int = 1
