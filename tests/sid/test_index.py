@@ -253,16 +253,20 @@ def test_sids_of_another_order_or_file_are_refused(finished, tmp_path):
         read_sids(tmp_path / "sids.parquet", ids)
 
 
-def test_new_items_of_a_kind_join_their_kind(finished):
-    run, dataset = finished
-    sids = run / "sids"
-    codes_NL = read_sids(sids / "sids.parquet", item_ids(dataset))
-    new = encode_new_items(
+def new_shampoo(sids, codes_NL):
+    return encode_new_items(
         [Item("new", "shampoo no. 3", "", ("shampoo",))],
         codes_NL,
         embeddings=sids / "embeddings.safetensors",
         codebooks=sids / "codebooks.safetensors",
     )
+
+
+def test_new_items_of_a_kind_join_their_kind(finished):
+    run, dataset = finished
+    sids = run / "sids"
+    codes_NL = read_sids(sids / "sids.parquet", item_ids(dataset))
+    new = new_shampoo(sids, codes_NL)
     assert new.shape == (1, 3)
     assert len(torch.unique(torch.cat([codes_NL, new]), dim=0)) == NUM_ITEMS + 1
 
@@ -276,12 +280,7 @@ def test_words_join_the_text_and_new_items_borrow_them(run):
     joined_ND = torch.cat([tensors["text_ND"], 4 / 3 * tensors["words_ND"]], dim=1) * 0.6
     assert torch.allclose(tensors["vectors_ND"][:, :389], joined_ND, atol=1e-6)
     codes_NL = read_sids(sids / "sids.parquet", item_ids(dataset))
-    new = encode_new_items(
-        [Item("new", "shampoo no. 3", "", ("shampoo",))],
-        codes_NL,
-        embeddings=sids / "embeddings.safetensors",
-        codebooks=sids / "codebooks.safetensors",
-    )
+    new = new_shampoo(sids, codes_NL)
     shampoos = {tuple(codes_NL[n, :1].tolist()) for n in range(3, NUM_ITEMS, 4)}
     assert tuple(new[0, :1].tolist()) in shampoos
 

@@ -407,19 +407,26 @@ def test_the_warm_up_moves_new_rows_alone(
     folder = make_backbone(tied=tied)
     moved: dict[str, torch.Tensor] = {}
     new: set[int] = set()
+    ids: list[int] = []
     warm_up = align_module.warm_up
 
-    def watch(adapted, trainer, *, done, token_ids):
+    def noted(vocabulary, tokenizer):
+        ids.extend(new_token_ids(vocabulary, tokenizer))
+        new.update(ids)
+        return ids
+
+    monkeypatch.setattr(align_module, "new_token_ids", noted)
+
+    def watch(adapted, trainer, *, done):
         before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
         trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
-        warm_up(adapted, trainer, done=done, token_ids=token_ids)
+        warm_up(adapted, trainer, done=done)
         after = dict(adapted.named_parameters())
         assert {name for name, p in after.items() if p.requires_grad} == trainable
         for name, parameter in after.items():
             if not torch.equal(parameter, before[name]):
                 rows = (parameter.detach() != before[name]).any(-1).nonzero()[:, 0]
-                moved[name] = rows if "delta" not in name else torch.tensor(token_ids)[rows]
-        new.update(token_ids)
+                moved[name] = rows if "delta" not in name else torch.tensor(ids)[rows]
         raise Stopped
 
     monkeypatch.setattr(align_module, "warm_up", watch)

@@ -54,17 +54,13 @@ class Alike:
         kept = min(kept, max(len(items) - 1, 0))
         near_NK = np.full((len(items), kept), -1, dtype=np.int32)
         cosines_NK = np.zeros((len(items), kept), dtype=np.float32)
-        weights_NV = word_weights(items)
-        if kept and weights_NV.nnz:
-            starts = range(0, len(items), _BLOCK)
-            for start in tqdm(
-                starts, desc="alike", unit="block", leave=False, disable=len(starts) < 100
-            ):
-                found_BN = (weights_NV[start : start + _BLOCK] @ weights_NV.T).tocsr()
-                for row, item in enumerate(range(start, min(start + _BLOCK, len(items)))):
-                    best, cosines = _nearest(found_BN, row, item=item, kept=kept)
-                    near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
-        return cls(near_NK, cosines_NK)
+        alike, weights_NV = cls(near_NK, cosines_NK), word_weights(items)
+        starts = range(0, len(items), _BLOCK)
+        for start in tqdm(
+            starts, desc="alike", unit="block", leave=False, disable=len(starts) < 100
+        ):
+            alike._compare(weights_NV, np.arange(start, min(start + _BLOCK, len(items))))
+        return alike
 
     def joined(self, items: Sequence[Item], *, new: Sequence[int]) -> "Alike":
         """The same with some items measured anew against all, and put where they belong.
@@ -76,32 +72,37 @@ class Alike:
             items: the catalogue, in the order of the rows.
             new: rows of items that are new, or have other words now.
         """
-        near_NK, cosines_NK, are_new = self.near_NK.copy(), self.cosines_NK.copy(), set(new)
-        stale_NK = np.isin(near_NK, list(are_new))
+        if not self.near_NK.shape[1]:
+            return self
+        near_NK, cosines_NK = self.near_NK.copy(), self.cosines_NK.copy()
+        stale_NK = np.isin(near_NK, new)
         near_NK[stale_NK], cosines_NK[stale_NK] = -1, 0.0
         weights_NV = word_weights(items)
-        kept = near_NK.shape[1]
         for start in range(0, len(new), _BLOCK):
             rows_B = np.asarray(new[start : start + _BLOCK])
-            found_BN = (weights_NV[rows_B] @ weights_NV.T).tocsr()
-            for row, item in enumerate(rows_B.tolist()):
-                near_NK[item], cosines_NK[item] = -1, 0.0
-                best, cosines = _nearest(found_BN, row, item=item, kept=kept)
-                near_NK[item, : len(best)], cosines_NK[item, : len(best)] = best, cosines
-            for item, other, cosine in zip(
-                rows_B[np.repeat(np.arange(len(rows_B)), np.diff(found_BN.indptr))].tolist(),
-                found_BN.indices.tolist(),
-                found_BN.data.tolist(),
-                strict=True,
-            ):
-                worst = int(cosines_NK[other].argmin()) if kept else -1
-                if other not in are_new and worst >= 0 and cosine > cosines_NK[other, worst]:
+            pairs = Alike(near_NK, cosines_NK)._compare(weights_NV, rows_B).tocoo()
+            old_P = ~np.isin(pairs.col, new)
+            others_P, cosines_P = pairs.col[old_P].tolist(), pairs.data[old_P].tolist()
+            items_P = rows_B[pairs.row[old_P]].tolist()
+            for item, other, cosine in zip(items_P, others_P, cosines_P, strict=True):
+                worst = int(cosines_NK[other].argmin())
+                if cosine > cosines_NK[other, worst]:
                     near_NK[other, worst], cosines_NK[other, worst] = item, cosine
         order_NK = np.lexsort((near_NK, -cosines_NK), axis=1)
         return Alike(
             np.take_along_axis(near_NK, order_NK, axis=1),
             np.take_along_axis(cosines_NK, order_NK, axis=1),
         )
+
+    def _compare(self, weights_NV: sparse.csr_matrix, items_B: np.ndarray) -> sparse.csr_matrix:
+        """Write the nearest of some items into their rows; their cosines with all items [B, N]."""
+        found_BN = (weights_NV[items_B] @ weights_NV.T).tocsr()
+        kept = self.near_NK.shape[1]
+        for row, item in enumerate(items_B.tolist()):
+            best, cosines = _nearest(found_BN, row, item=item, kept=kept)
+            self.near_NK[item], self.cosines_NK[item] = -1, 0.0
+            self.near_NK[item, : len(best)], self.cosines_NK[item, : len(best)] = best, cosines
+        return found_BN
 
     def beside(
         self,
@@ -144,11 +145,9 @@ class Alike:
         had_EKH = near_EK[..., None] == history_H
         before_EH = np.arange(len(history_H)) <= places_E[:, None]
         barred_EK = (near_EK < 0) | (had_EKH & before_EH[:, None]).any(-1)
-        scores_EK = self.cosines_NK[rows_E].astype(np.float64) ** 2
-        if popularity:
-            is_own = had_EKH if own is None else near_EK[..., None] == np.asarray(own)
-            others_EK = np.maximum(events_N[near_EK] - is_own.sum(-1), 0)
-            scores_EK *= (others_EK + 1) ** popularity
+        is_own = had_EKH if own is None else near_EK[..., None] == np.asarray(own)
+        others_EK = np.maximum(events_N[near_EK] - is_own.sum(-1), 0)
+        scores_EK = liked(self.cosines_NK[rows_E], others_EK, popularity=popularity)
         scores_EK[barred_EK] = -1.0
         order_EK = np.argsort(-scores_EK, axis=1, kind="stable")[:, :k]
         counts_E = np.minimum(k, (~barred_EK).sum(1))
@@ -196,6 +195,11 @@ class Alike:
         return cls(near_NK, np.where(near_NK >= 0, cosines_NK, 0))
 
 
+def liked(cosines: np.ndarray, events: np.ndarray, *, popularity: float = POPULARITY) -> np.ndarray:
+    """The score of the head of this file, float64, for arrays of one shape."""
+    return cosines.astype(np.float64) ** 2 * (events + 1) ** popularity
+
+
 def word_weights(items: Sequence[Item]) -> sparse.csr_matrix:
     """TF-IDF of the words of titles and brands: float32 [N, V], rows of length 1, or 0 if empty."""
     words = [_WORD.findall(f"{item.brand} {item.title}".lower()) for item in items]
@@ -206,7 +210,7 @@ def word_weights(items: Sequence[Item]) -> sparse.csr_matrix:
 
 
 def _nearest(
-    found_BN: sparse.csr_array, row: int, *, item: int, kept: int
+    found_BN: sparse.csr_matrix, row: int, *, item: int, kept: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The items of the highest cosines in a row, of equal ones the lower index first."""
     begin, end = found_BN.indptr[row], found_BN.indptr[row + 1]

@@ -80,14 +80,15 @@ def new_catalogue(
     scratch = folder / ".adding"
     shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
     scratch.mkdir()
+    item_ids = [item.item_id for item in items]
     try:
         write_items(scratch / "items.parquet", items)
-        write_sids(scratch / "sids.parquet", [item.item_id for item in items], codes_NL)
+        write_sids(scratch / "sids.parquet", item_ids, codes_NL)
         Trie.build(codes_NL, level_sizes=tuple(level_sizes)).save(scratch / "trie.safetensors")
         if (folder / ALIKE_FILE).exists():
-            _join_alike(folder, items).save(
-                scratch / ALIKE_FILE, item_ids=[item.item_id for item in items]
-            )
+            known = Alike.load(catalogue_file(folder, ALIKE_FILE), item_ids=item_ids)
+            alike = known.joined(items, new=_with_other_words(folder, items))
+            alike.save(scratch / ALIKE_FILE, item_ids=item_ids)
         yield scratch
         _move_added(folder)
         # One rename decides: before it the old catalogue counts, after it the new one.
@@ -97,16 +98,11 @@ def new_catalogue(
     _move_added(folder)
 
 
-def _join_alike(folder: Path, items: Sequence[Item]) -> Alike:
-    """Which items of a new catalogue are alike: what has other words than before is compared."""
-    before = {item.item_id: item for item in read_catalogue(folder)[0]}
-    new = [n for n, item in enumerate(items) if _words(before.get(item.item_id)) != _words(item)]
-    path = catalogue_file(folder, ALIKE_FILE)
-    return Alike.load(path, item_ids=[item.item_id for item in items]).joined(items, new=new)
-
-
-def _words(item: Item | None) -> tuple[str, str] | None:
-    return None if item is None else (item.brand, item.title)
+def _with_other_words(folder: Path, items: Sequence[Item]) -> list[int]:
+    """Which of a new catalogue's items are not in the folder's own, or with other words."""
+    old = read_items(catalogue_file(folder, "items.parquet"))
+    words = {item.item_id: (item.brand, item.title) for item in old}
+    return [n for n, i in enumerate(items) if words.get(i.item_id) != (i.brand, i.title)]
 
 
 def read_retired(folder: Path, *, num_levels: int) -> tuple[list[Item], Tensor]:

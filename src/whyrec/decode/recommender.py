@@ -146,7 +146,7 @@ class Recommender:
         exclude_history: Sequence[bool] = (True,),
         progress: str = "",
     ) -> list[Ranking]:
-        """Rank the catalogue for many histories of item indices; see `ranking.rank_histories`."""
+        """Rank the catalogue for many histories of item indices; see `rank_histories`."""
         return rank_histories(
             self.decoder,
             self.encoder,

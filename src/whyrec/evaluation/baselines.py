@@ -24,7 +24,7 @@ import torch
 from scipy import sparse
 from tqdm import tqdm
 
-from whyrec.catalog.alike import POPULARITY, Alike
+from whyrec.catalog.alike import Alike, liked
 from whyrec.catalog.covisits import BACKWARD, WINDOW, event_counts, pair_counts
 from whyrec.catalog.dataset import Dataset, Examples
 from whyrec.evaluation.metrics import ranking_metrics
@@ -195,7 +195,7 @@ def common_words(dataset: Dataset, *, decay: float = 0.7, last: int = _LAST) -> 
     counts_N = event_counts(dataset.training_sequences(), num_items=len(dataset.items))
     rows_P, places_P = np.nonzero(alike.near_NK >= 0)
     near_P = alike.near_NK[rows_P, places_P]
-    weights_P = alike.cosines_NK[rows_P, places_P] ** 2 * (counts_N[near_P] + 1) ** POPULARITY
+    weights_P = liked(alike.cosines_NK[rows_P, places_P], counts_N[near_P])
     shape = (len(dataset.items), len(dataset.items))
     return _by_table(sparse.csr_array((weights_P, (rows_P, near_P)), shape=shape), decay, last)
 
@@ -221,18 +221,15 @@ def tuned_counts_and_words(dataset: Dataset, counts: ScoreFn, *, users: int = _T
     return added(best)
 
 
-def that_count(dataset: Dataset, *, tuned: ScoreFn | None) -> dict[str, ScoreFn]:
-    """All of the above by name.
-
-    Args:
-        dataset: what they count in.
-        tuned: of `tuned_co_visitation`; None leaves it out, and the one that rests on it.
-    """
-    found = {"popularity": popularity(dataset), "co-visitation": co_visitation(dataset)}
-    if tuned is not None:
-        found["co-visitation-tuned"] = tuned
-        found["counts-and-words"] = tuned_counts_and_words(dataset, tuned)
-    return found
+def that_count(dataset: Dataset) -> dict[str, ScoreFn]:
+    """All of the above by name: popularity, co-visitation, -tuned, and counts-and-words."""
+    tuned = tuned_co_visitation(dataset)
+    return {
+        "popularity": popularity(dataset),
+        "co-visitation": co_visitation(dataset),
+        "co-visitation-tuned": tuned,
+        "counts-and-words": tuned_counts_and_words(dataset, tuned),
+    }
 
 
 def _reached(score: ScoreFn, examples: Examples) -> float:

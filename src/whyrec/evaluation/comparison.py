@@ -4,7 +4,7 @@ Popularity and co-visitation are counted anew each time. SASRec and TIGER are tr
 training events, with the seed of the model that they stand beside, so that several seeds of ours
 are several seeds of theirs; their weights are kept in `run/eval/NAME-seed-N`.
 
-    ranked = rank_baselines(dataset, examples, run, split="test", seed=0, tuned_counts=None,
+    ranked = rank_baselines(dataset, examples, run, split="test", seed=0, counted={},
                             sasrec_recipe=recipe, tiger_recipe=None)
     ranked["sasrec/test/excluded"]      # int [E, 20]
 """
@@ -19,7 +19,7 @@ import torch
 from whyrec.catalog.dataset import Dataset, Examples
 from whyrec.evaluation import baselines, sasrec, tiger
 from whyrec.evaluation.fitting import M, R, Trained
-from whyrec.evaluation.metrics import bootstrap_interval, ranking_metrics
+from whyrec.evaluation.metrics import bootstrap_interval, ranking_figures, ranking_metrics
 from whyrec.recipe import recipe_config
 from whyrec.stage import run_stage
 
@@ -34,7 +34,7 @@ def rank_baselines(
     *,
     split: str,
     seed: int,
-    tuned_counts: baselines.ScoreFn | None,
+    counted: Mapping[str, baselines.ScoreFn],
     sasrec_recipe: sasrec.SasrecRecipe | None,
     tiger_recipe: tiger.TigerRecipe | None,
 ) -> dict[str, np.ndarray]:
@@ -46,8 +46,8 @@ def rank_baselines(
         run: the run folder.
         split: of the examples, for the names.
         seed: of what is trained, in place of the recipes'.
-        tuned_counts: of `tuned_co_visitation`; None leaves them out.
-        sasrec_recipe: None leaves SASRec and the other counts out.
+        counted: of `baselines.that_count`; none leaves them out.
+        sasrec_recipe: None leaves SASRec out.
         tiger_recipe: None leaves TIGER out.
     """
 
@@ -68,10 +68,8 @@ def rank_baselines(
         return dict(zip(HISTORIES, lists, strict=True))
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found = {name: by_scores(score) for name, score in counted.items()}
     if sasrec_recipe is not None:
-        counted = baselines.that_count(dataset, tuned=tuned_counts)
-        found |= {name: by_scores(score) for name, score in counted.items()}
         scorer = _kept(
             run,
             "sasrec",
@@ -96,6 +94,36 @@ def rank_baselines(
         for name, lists in found.items()
         for history, items_EK in lists.items()
     }
+
+
+def asked_examples(dataset: Dataset, run: Path, *, split: str, users: int) -> Examples:
+    """The examples of a split, or a fixed random subset of so many.
+
+    Raises:
+        ValueError: when the split holds nobody.
+    """
+    examples = dataset.examples(split)  # type: ignore[arg-type]
+    if not len(examples):
+        raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
+    return examples.at_most(users)
+
+
+def measured(
+    lists: Mapping[str, np.ndarray], dataset: Dataset, examples: Examples
+) -> dict[str, float]:
+    """All figures of ranked lists, by `MODEL/SPLIT/HISTORY/METRIC`; see `ranking_figures`."""
+    found: dict[str, float] = {}
+    for prefix, ranked_EK in lists.items():
+        excluded = HISTORIES[prefix.split("/")[2]]
+        had = [len(np.unique(items)) if excluded else 0 for items in examples.histories]
+        found |= ranking_figures(
+            ranked_EK,
+            examples.targets_E,
+            num_items=len(dataset.items),
+            prefix=prefix,
+            available_E=len(dataset.items) - np.array(had),
+        )
+    return found
 
 
 def _kept(

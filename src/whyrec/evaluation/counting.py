@@ -12,12 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from whyrec.catalog.dataset import Dataset
 from whyrec.evaluation import baselines
-from whyrec.evaluation.comparison import HISTORIES
-from whyrec.evaluation.metrics import ranking_figures
+from whyrec.evaluation.comparison import asked_examples, measured, rank_baselines
 from whyrec.evaluation.results import record
 from whyrec.stage import fingerprint, read_stage
 
@@ -35,22 +32,18 @@ def counting(run: Path, *, split: str, users: int = 0) -> dict[str, float]:
     """
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     dataset = Dataset.load(run / "dataset")
-    examples = dataset.examples(split).at_most(users)  # type: ignore[arg-type]
-    if not len(examples):
-        raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
-    figures: dict[str, float] = {}
-    tuned = baselines.tuned_co_visitation(dataset)
-    for name, score in baselines.that_count(dataset, tuned=tuned).items():
-        for history, exclude in HISTORIES.items():
-            had = [len(np.unique(items)) if exclude else 0 for items in examples.histories]
-            figures |= ranking_figures(
-                baselines.rank(score, examples, exclude_history=exclude),
-                examples.targets_E,
-                num_items=len(dataset.items),
-                prefix=f"{name}/{split}/{history}",
-                available_E=len(dataset.items) - np.array(had),
-            )
-    return figures
+    examples = asked_examples(dataset, run, split=split, users=users)
+    ranked = rank_baselines(
+        dataset,
+        examples,
+        run,
+        split=split,
+        seed=0,
+        counted=baselines.that_count(dataset),
+        sasrec_recipe=None,
+        tiger_recipe=None,
+    )
+    return measured(ranked, dataset, examples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,16 +15,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from whyrec.catalog.dataset import Dataset, Examples
 from whyrec.decode.ranking import Ranking
 from whyrec.decode.recommender import Recommender
 from whyrec.evaluation import baselines, prior, sasrec, tiger
 from whyrec.evaluation.captions import caption_figures
-from whyrec.evaluation.comparison import HISTORIES, gain_figures, rank_baselines
+from whyrec.evaluation.comparison import (
+    HISTORIES,
+    asked_examples,
+    gain_figures,
+    measured,
+    rank_baselines,
+)
 from whyrec.evaluation.language import language_figures
-from whyrec.evaluation.metrics import ranking_figures
 from whyrec.evaluation.results import record
 from whyrec.evaluation.thinking import (
     cost_figures,
@@ -82,9 +85,9 @@ def evaluate(
     Returns:
         All figures, as flat keys: `MODEL/SPLIT/HISTORY/METRIC`,
         `gain_over/BASELINE/SPLIT/HISTORY/METRIC` (whyrec minus baseline), `think_gain/METRIC`,
-        `fused_gain/METRIC` and `against/ROW/METRIC` (shares, history
-        excluded), `cost/...`, `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without
-        thinking, both ways), `language/...` and `caption/...`.
+        `fused_gain/METRIC` and `against/ROW/METRIC` (shares, history excluded), `cost/...`,
+        `trace/...`, `prior/weight`, `evaluate/seconds` (ranking without thinking, both ways),
+        `language/...` and `caption/...`.
 
     Raises:
         ValueError: when the model belongs to another catalogue or cannot think, or the split holds
@@ -100,7 +103,7 @@ def evaluate(
         raise ValueError("there are no traces without thinking; use --think on or both")
     read_stage(run / "dataset", made_by=f"whyrec prepare SOURCE --run {run}")
     dataset = Dataset.load(run / "dataset")
-    examples = _examples(dataset, run, split=split, users=users)
+    examples = asked_examples(dataset, run, split=split, users=users)
     recommender = Recommender.from_pretrained(model)
     _check_catalogue(recommender, dataset, model, run)
     other = None
@@ -136,12 +139,11 @@ def evaluate(
         for name, by_history in rows.items()
         for history, ranking in by_history.items()
     }
-    counts = None
+    counted: dict[str, baselines.ScoreFn] = {}
     if prior_weight is not None or sasrec_recipe is not None:
-        counts = baselines.tuned_co_visitation(dataset)
+        counted = baselines.that_count(dataset)
     if prior_weight is not None:
-        assert counts is not None
-        tables = baselines.tuned_counts_and_words(dataset, counts)
+        tables = counted["counts-and-words"]
         if prior_weight == "auto":
             prior_weight = _chosen_weight(
                 recommender, dataset, run, tables, beams=beams, users=users
@@ -167,19 +169,7 @@ def evaluate(
                     data_sha256=fingerprint(run / "dataset"),
                 )
 
-    def measured(lists: Mapping[str, np.ndarray]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for prefix, ranked_EK in lists.items():
-            found |= ranking_figures(
-                ranked_EK,
-                examples.targets_E,
-                num_items=len(dataset.items),
-                prefix=prefix,
-                available_E=_available(dataset, examples, history=prefix.split("/")[2]),
-            )
-        return found
-
-    keep(measured(ranked))
+    keep(measured(ranked, dataset, examples))
     if other is not None:
         keep(_gains_over(other, examples, rows, beams=beams, split=split))
     if traces:
@@ -200,12 +190,12 @@ def evaluate(
         run,
         split=split,
         seed=seed,
-        tuned_counts=counts,
+        counted=counted if sasrec_recipe is not None else {},
         sasrec_recipe=sasrec_recipe,
         tiger_recipe=tiger_recipe,
     )
     gains = gain_figures(ranked | others, examples.targets_E) if think != "on" else {}
-    keep(measured(others) | gains)
+    keep(measured(others, dataset, examples) | gains)
     if language:
         backbone = recommender.settings.backbone
         llm, encoder = recommender.decoder.model, recommender.encoder
@@ -270,25 +260,12 @@ def _chosen_weight(
     users: int,
 ) -> float:
     """The prior's weight with the best validation N@10, history excluded; it is printed."""
-    valid = _examples(dataset, run, split="valid", users=users)
+    valid = asked_examples(dataset, run, split="valid", users=users)
     ranking = _rank(recommender, valid, beams=beams, split="valid")["excluded"]
     mixture = prior.mix(ranking, counts, valid, exclude_history=True)
     weight = prior.best_prior_weight(mixture, valid.targets_E)
     print(f"evaluate: weight of the prior, chosen on validation: {weight}", file=sys.stderr)
     return weight
-
-
-def _examples(dataset: Dataset, run: Path, *, split: str, users: int) -> Examples:
-    examples = dataset.examples(split)  # type: ignore[arg-type]
-    if not len(examples):
-        raise ValueError(f"the {split} split of {run} holds no users; prepare a larger log")
-    return examples.at_most(users)
-
-
-def _available(dataset: Dataset, examples: Examples, *, history: str) -> np.ndarray:
-    """How many items may be recommended to each user."""
-    had = [len(np.unique(items)) if HISTORIES[history] else 0 for items in examples.histories]
-    return len(dataset.items) - np.array(had)
 
 
 def _seed(model: Path) -> int:

@@ -159,24 +159,20 @@ def encode_new_items(
     quantizer = load_quantizer(codebooks)
     with safe_open(embeddings, framework="pt") as file:
         settings = file.metadata()
-        names = set(file.keys())
-        text_ND = file.get_tensor("text_ND")
-        collaborative_NC = (
-            file.get_tensor("collaborative_ND") if "collaborative_ND" in names else None
-        )
-        words_NW = file.get_tensor("words_ND") if "words_ND" in names else None
+        names = {"text_ND", "words_ND", "collaborative_ND"}.intersection(file.keys())
+        known = {name: file.get_tensor(name) for name in names}
     new_text_MD = _embed([item_text(i) for i in items], settings["embedder"], load_backbone)
 
-    def borrowed(known_vectors_NC: Tensor | None) -> Tensor | None:
-        if known_vectors_NC is None:
+    def borrowed(name: str) -> Tensor | None:
+        if name not in known:
             return None
         return borrow_from_neighbours(
-            new_text_MD, known_text_ND=text_ND, known_vectors_NC=known_vectors_NC
+            new_text_MD, known_text_ND=known["text_ND"], known_vectors_NC=known[name]
         )
 
     vectors_MD = fuse(
-        with_words(new_text_MD, borrowed(words_NW)),
-        borrowed(collaborative_NC),
+        with_words(new_text_MD, borrowed("words_ND")),
+        borrowed("collaborative_ND"),
         weight=float(settings["collaborative_weight"]),
     )
     last_level: LastLevel = "index" if settings["last_level"] == "index" else "nearest"

@@ -30,12 +30,17 @@ def legal_nll(
     if logits_MK.is_cuda and _HAS_TRITON:
         total: Tensor = LegalNll.apply(logits_MK, codes_M, legal_MK, label_smoothing)
         return total
-    log_probs_MK = logits_MK.float().masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
+    log_probs_MK = legal_log_probs(logits_MK, legal_MK=legal_MK)
     loss = -log_probs_MK.gather(1, codes_M[:, None]).sum()
     if label_smoothing == 0.0:
         return loss
     spread_M = -log_probs_MK.masked_fill(~legal_MK, 0.0).sum(-1) / legal_MK.sum(-1)
     return (1 - label_smoothing) * loss + label_smoothing * spread_M.sum()
+
+
+def legal_log_probs(logits_MK: Tensor, *, legal_MK: Tensor) -> Tensor:
+    """Log-probabilities renormalised over the legal codes, float32 [M, K]; -inf for the others."""
+    return logits_MK.float().masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
 
 
 def legal_cross_entropy(logits_MK: Tensor, wanted_MK: Tensor, *, legal_MK: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def legal_cross_entropy(logits_MK: Tensor, wanted_MK: Tensor, *, legal_MK: Tenso
         wanted_MK: distributions over the legal codes.
         legal_MK: which codes the trie allows.
     """
-    log_probs_MK = logits_MK.float().masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
+    log_probs_MK = legal_log_probs(logits_MK, legal_MK=legal_MK)
     return -(wanted_MK * log_probs_MK.masked_fill(~legal_MK, 0.0)).sum()
 
 

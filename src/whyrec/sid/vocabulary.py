@@ -9,6 +9,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
@@ -93,6 +94,10 @@ class SidVocabulary:
     def stop(self) -> int:
         """One past the token id of the last code of the last level."""
         return self.offsets[-1] + self.level_sizes[-1]
+
+    def rows_by_level(self, head_VD: Tensor) -> tuple[Tensor, ...]:
+        """The rows of a head, or of an embedding, that belong to each level's codes [K, D]."""
+        return head_VD[self.first : self.stop].split(list(self.level_sizes))
 
     def encode(self, codes: Sequence[int]) -> list[int]:
         """Codes of one item → token ids, without brackets."""

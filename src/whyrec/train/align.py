@@ -75,10 +75,11 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
         check_checkpoint(checkpoint, run / "sids")
     if not 0 <= recipe.taught <= 1:
         raise ValueError(f"taught must lie between 0 and 1, not {recipe.taught}")
-    teachers = [Path(folder) for folder in recipe.teachers]
-    level_sizes = Trie.load(run / "sids" / "trie.safetensors").level_sizes
-    check_teachers(teachers, _made(recipe, level_sizes), sids=run / "sids" / "sids.parquet")
-    inputs |= {f"teacher {folder}": folder for folder in teachers}
+    if recipe.teachers:
+        level_sizes = Trie.load(run / "sids" / "trie.safetensors").level_sizes
+        teachers = [Path(folder) for folder in recipe.teachers]
+        check_teachers(teachers, _made(recipe, level_sizes), sids=run / "sids" / "sids.parquet")
+        inputs |= {f"teacher {folder}": folder for folder in teachers}
     run_stage(
         run / "model" / "aligned",
         lambda folder: _build(run, recipe, folder),
@@ -148,7 +149,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         text_weight=recipe.text_weight,
-        taught=recipe.taught if recipe.teachers else 0.0,
+        taught=recipe.taught,
     )
     teachers = load_teachers(
         [Path(folder) for folder in recipe.teachers],
@@ -199,7 +200,7 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             average=recipe.average if phase == "mix" else 0.0,
             block_lr=recipe.block_lr if phase == "mix" else 0.0,
             teachers=teachers if phase == "mix" else None,
-            new_rows=token_ids if recipe.keep_words and phase == "mix" else None,
+            new_rows=token_ids if recipe.keep_words or phase == "warmup" else None,
         )
 
     if recipe.warmup_epochs and not recipe.checkpoint:
@@ -209,7 +210,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
                 "warmup", epochs=recipe.warmup_epochs, lr=recipe.warmup_lr, evaluations=0
             ),
             done=folder / ".warmup.safetensors",
-            token_ids=token_ids,
         )
     mix = trainer(
         "mix",

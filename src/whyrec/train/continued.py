@@ -138,11 +138,7 @@ def training_encoder(
         vocabulary=vocabulary,
         codes_NL=codes_NL.tolist(),
         thinks=thinks,
-        notes=settings.notes(
-            items,
-            visits=run / "sids" / COVISITS_FILE,
-            training=True,
-        ),
+        notes=settings.notes(items, visits=run / "sids" / COVISITS_FILE, training=True),
     )
 
 

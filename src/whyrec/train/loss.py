@@ -85,8 +85,7 @@ class SidLoss:
         text_MD, *levels = hidden_TD.index_select(0, chosen).split([len(here) for here in places])
         targets = targets_T[chosen].split([len(here) for here in places])
         loss = self.text_weight * text_nll(text_MD, targets[0], head_VD)
-        sizes = self.vocabulary.level_sizes
-        codes_KD = head_VD[self.vocabulary.first : self.vocabulary.stop].split(list(sizes))
+        codes_KD = self.vocabulary.rows_by_level(head_VD)
         for level, offset in enumerate(self.vocabulary.offsets):
             nodes_M = sid_nodes[level]
             if len(nodes_M) == 0:

@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 
-from whyrec.catalog.augment import altered
 from whyrec.catalog.dataset import Item
 from whyrec.catalog.withheld import withheld
 from whyrec.prompting.encoder import Example, PromptEncoder, item_text
@@ -83,7 +82,6 @@ class AlignmentMix:
         self.sequences = [sequence for sequence in sequences if len(sequence) >= 2]
         self.sizes = sizes
         self.seed = seed
-        self.epochs = epochs
         self.replies = list(replies)
         self._texts = [encoder.text(item_text(item)) for item in items]
         # Text tasks know nothing of withheld items; sequences are as they are.
@@ -179,14 +177,10 @@ class AlignmentMix:
             plan += [(task, int(item), 0) for item in chosen]
         told = round(self.sizes.personas * len(self._stories))
         plan += [("persona", int(user), 0) for user in rng.permutation(len(self._stories))[:told]]
-        plan += [("replay", reply, 0) for reply in self._replayed(epoch)]
+        there = len(self.replies)
+        every = there if self.sizes.replays is None else min(self.sizes.replays, there)
+        plan += [("replay", (epoch * every + n) % there, 0) for n in range(every)]
         return plan
-
-    def _replayed(self, epoch: int) -> list[int]:
-        """Which replies an epoch replays: all in turn, none twice in one epoch."""
-        there, wanted = len(self.replies), self.sizes.replays
-        every = there if wanted is None else min(wanted, there)
-        return [(epoch * every + n) % there for n in range(every)]
 
     def _window(self, index: int) -> np.ndarray:
         """The events of a sequence example, some left out and some out of order where asked."""
@@ -195,9 +189,13 @@ class AlignmentMix:
         window = self.sequences[user][max(start, 0) : start + sizes.max_history + 1]
         if not (sizes.drop_events or sizes.jitter_events):
             return window
-        return altered(
-            window, self._rng(index), drop=sizes.drop_events, jitter=sizes.jitter_events, least=2
+        rng = self._rng(index)
+        kept = np.flatnonzero(rng.random(len(window)) >= sizes.drop_events)
+        window = window[kept] if len(kept) >= 2 else window[-2:]
+        places = np.arange(len(window)) + rng.random() * sizes.jitter_events * rng.random(
+            len(window)
         )
+        return window[np.argsort(places, kind="stable")]
 
     def _sequence(self, window: np.ndarray, *, own: np.ndarray) -> Example:
         encoder, recommend = self.encoder, self.encoder.recommend

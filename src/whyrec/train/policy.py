@@ -39,6 +39,7 @@ from whyrec.backbone.second_forward import add_forward
 from whyrec.decode.beam import BeamDecoder
 from whyrec.decode.prefill import Prefilled
 from whyrec.decode.tree_attention import run
+from whyrec.sid.legal_loss import legal_log_probs
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 
@@ -144,9 +145,9 @@ def code_log_probs(
     found = []
     for level, offset in enumerate(vocabulary.offsets):
         rows_KD = head_VD[offset : offset + vocabulary.level_sizes[level]]
-        logits_BK = (hidden_BLD[:, level].to(rows_KD.dtype) @ rows_KD.T).float()
+        logits_BK = hidden_BLD[:, level].to(rows_KD.dtype) @ rows_KD.T
         legal_BK = trie.mask(trie.walk(codes_BL[:, :level]), level=level)
-        log_probs_BK = logits_BK.masked_fill(~legal_BK, -torch.inf).log_softmax(-1)
+        log_probs_BK = legal_log_probs(logits_BK, legal_MK=legal_BK)
         found.append(log_probs_BK.gather(1, codes_BL[:, level : level + 1])[:, 0])
     return torch.stack(found, dim=1)
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.decode.model_folder import Settings, load_model_folder, read_settings
+from whyrec.sid.legal_loss import legal_log_probs
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 
@@ -66,7 +67,6 @@ class Teachers:
             By level, float32 [M, K].
         """
         assert self._blocks, "call `read` first"
-        sizes = self._vocabulary.level_sizes
         legal = [self._trie.mask(nodes_M, level=lv) for lv, nodes_M in enumerate(sid_nodes)]
         means = [torch.zeros(mask.shape, device=mask.device) for mask in legal]
         chosen = torch.cat(list(sid_positions))
@@ -74,13 +74,12 @@ class Teachers:
             embedded_1TD = model.get_input_embeddings()(input_ids)
             hidden_1TD = blocks(embedded_1TD, position_ids, document_starts)
             wanted = hidden_1TD[0].index_select(0, chosen)
-            head_VD = model.get_output_embeddings().weight
-            codes_KD = head_VD[self._vocabulary.first : self._vocabulary.stop].split(list(sizes))
+            codes_KD = self._vocabulary.rows_by_level(model.get_output_embeddings().weight)
             by_level = wanted.split([len(positions_M) for positions_M in sid_positions])
             for level, hidden_MD in enumerate(by_level):
-                logits_MK = (hidden_MD @ codes_KD[level].T).float()
-                logits_MK = logits_MK.masked_fill(~legal[level], -torch.inf)
-                means[level] += logits_MK.softmax(-1) / len(self.models)
+                logits_MK = hidden_MD @ codes_KD[level].T
+                log_probs_MK = legal_log_probs(logits_MK, legal_MK=legal[level])
+                means[level] += log_probs_MK.exp() / len(self.models)
         return means
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from whyrec.train.rows import KeepRows, row_parameters
+from whyrec.train.rows import row_parameters
 from whyrec.train.trainer import AlignTrainer, processes
 
 
@@ -15,15 +15,14 @@ def warm_up(
     trainer: Callable[[], AlignTrainer],
     *,
     done: Path,
-    token_ids: list[int],
 ) -> None:
     """Train the new rows alone.
 
     Args:
         adapted: a PEFT model or a plain one; afterwards the same parameters train as before.
-        trainer: makes the trainer of this phase, when everything else is frozen.
+        trainer: makes the trainer of this phase, when everything else is frozen; it keeps the
+            backbone's own rows, for without PEFT a row parameter is the whole embedding.
         done: where the trained rows are kept, and read from by a run that is resumed.
-        token_ids: ids of the new rows.
     """
     rows = dict(row_parameters(adapted))
     if done.exists():
@@ -34,11 +33,7 @@ def warm_up(
     trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(name in rows)
-    warm = trainer()
-    # Without PEFT a row parameter is the whole embedding.
-    warm.add_callback(KeepRows(token_ids))
-    warm.args.weight_decay = 0.0  # decay would move the old rows too
-    warm.train()
+    trainer().train()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(name in trainable)
     if processes().is_main_process:
