@@ -36,6 +36,9 @@ def test_the_newest_events_carry_neighbours_and_text(extended: Extended) -> None
         *begin, *item(0), *item(1), *said[0],
     ]  # fmt: skip
     assert encoder.history([]) == []
+    # Two tokens of the tiny tokenizer are less than the words they are cut from.
+    assert texts[5].startswith(encoder.note_text(5)) and encoder.note_text(5) != ""
+    assert encoder_with(extended, Notes(2, 1, VISITS)).note_text(5) == ""
 
 
 def test_the_own_sequence_is_no_source(extended: Extended) -> None:

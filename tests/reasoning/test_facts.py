@@ -49,13 +49,13 @@ def test_where_most_items_are_of_one_decade_the_year_speaks() -> None:
 def test_what_everything_bears_counts_for_nothing() -> None:
     beauty = Fact("category", "Beauty")
     assert not SHOP_BOOK.says_something(beauty)
-    assert beauty not in [found.fact for found in shared_facts(SHOP_BOOK, [5, 6, 7], 0)]
-    assert shared_facts(SHOP_BOOK, [5, 6, 7], 0) == []
+    assert beauty not in [found.fact for found in shared_facts(SHOP_BOOK, [5, 6, 7], SHOP_BOOK.of(0))]
+    assert shared_facts(SHOP_BOOK, [5, 6, 7], SHOP_BOOK.of(0)) == []
     assert SHOP_BOOK.idf(beauty) < 0.3 < SHOP_BOOK.idf(Fact("brand", "Essie"))
 
 
 def test_shared_facts_are_narrow_and_counted() -> None:
-    found = {shared.fact.name: shared.count for shared in shared_facts(SHOP_BOOK, [0, 2, 5], 1)}
+    found = {shared.fact.name: shared.count for shared in shared_facts(SHOP_BOOK, [0, 2, 5], SHOP_BOOK.of(1))}
     # Nails and Makeup say no more than Nail Polish does.
     assert found == {"OPI Nail Lacquer": 1, "OPI": 1, "Nail Polish": 2}
 
@@ -65,7 +65,7 @@ def test_a_rare_narrow_category_does_not_hide_a_frequent_broad_one() -> None:
     items += [item("x", "Makeup", "Nails", "Files"), item("y", "Makeup", "Nails", "Files")]
     items += [item(f"z{n}", "Hair") for n in range(6)]
     book = FactBook(items)
-    found = [shared.fact.name for shared in shared_facts(book, [0, 1, 2, 3], 4)]
+    found = [shared.fact.name for shared in shared_facts(book, [0, 1, 2, 3], book.of(4))]
     assert found == ["Makeup", "Files"]
 
 
@@ -94,7 +94,7 @@ def test_no_catalogue_breaks_it(items: list[Item], data: st.DataObject) -> None:
     book = FactBook(items)
     places = st.integers(0, len(items) - 1)
     history, target = data.draw(st.lists(places, max_size=8)), data.draw(places)
-    for shared in shared_facts(book, history, target):
+    for shared in shared_facts(book, history, book.of(target)):
         assert shared.count == sum(shared.fact in book.of(place) for place in history) > 0
         assert shared.fact in book.of(target)
     for place in range(len(items)):

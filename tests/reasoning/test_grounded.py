@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,13 +13,17 @@ from whyrec.catalog.dataset import Item
 from whyrec.reasoning.facts import FactBook
 from whyrec.reasoning.filters import RationaleFilter
 from whyrec.reasoning.grounded import SPECIFICITIES, GroundedSettings, GroundedWriter, Rationale
+from whyrec.reasoning.titles import words_of
 from whyrec.reasoning.trace import check_trace, read_trace
 from whyrec.reasoning.wording import packaged_wording
 
 
-def writer(items: list[Item], **options: object) -> GroundedWriter:
+def writer(items: list[Item], **options: Any) -> GroundedWriter:
+    shown = options.pop("shown", ())
     settings = GroundedSettings(**({"paraphrases": 1} | options))  # type: ignore[arg-type]
-    return GroundedWriter(items, vectors_ND=vectors_of(items), settings=settings, seed=0)
+    return GroundedWriter(
+        items, vectors_ND=vectors_of(items), settings=settings, seed=0, shown=shown
+    )
 
 
 def write(one: GroundedWriter, history: list[int], target: int, user: int = 0) -> Rationale:
@@ -113,6 +118,34 @@ def test_the_notes_of_a_history_vote_on_what_is_expected() -> None:
     # Item 0 has 8 votes of the older event's note, items 6 and 5 have 4 and 1.
     told = [fact for fact in one.book.categories(0) if one.book.says_something(fact)]
     assert list(rationale.announced[: len(told)]) == told
+
+
+def test_a_history_is_told_of_what_its_notes_spell_out() -> None:
+    shown = [f"{one.title} {one.brand}"[:24] for one in SHOP]  # "WEN by Chaz" is cut off
+    one = writer(SHOP, shown=shown, readable=True)
+    rationale = write(one, [2, 0, 5], 1)
+    # Nail Polish is shared as well, and stands in no title.
+    assert rationale.text.startswith("The history shares OPI Nail Lacquer; OPI. Next: ")
+    assert "Nail Polish" in rationale.text  # what is announced is not limited
+    said = write(writer(SHOP, announce=("expected",), shown=shown, readable=True), [5, 6], 2).text
+    assert said == "Next: Hair Care > Conditioners by WEN by Chaz Dean."
+    assert "WEN by Chaz Dean" in write(writer(SHOP, announce=("expected",)), [5, 6], 2).text
+
+
+@given(st.lists(st.integers(0, len(SHOP) - 1), min_size=1, max_size=8), st.data())
+def test_what_is_told_of_a_history_can_be_read(history: list[int], data: st.DataObject) -> None:
+    shown = [data.draw(st.sampled_from([one.title, one.brand, ""])) for one in SHOP]
+    announce = data.draw(st.sampled_from(SPECIFICITIES))
+    one = writer(SHOP, announce=(announce,), shown=shown, readable=True)
+    rationale = one.write(history, data.draw(st.integers(0, len(SHOP) - 1)), user=0, position=1)
+    if rationale is not None:
+        for fact in (*rationale.evidence, *rationale.turn):
+            bearers = [item for item in history if fact in one.book.of(item)]
+            assert any(" ".join(words_of(fact.name)) in _plain(shown[item]) for item in bearers)
+
+
+def _plain(text: str) -> str:
+    return " ".join(words_of(text))
 
 
 def test_what_the_rest_of_the_filter_refuses_is_refused_of_guesses() -> None:

@@ -510,6 +510,7 @@ def test_no_aligned_model(prepared_run, tmp_path) -> None:
         ({"lora_rank": 8}, "has rank 4 and goes on training; set lora_rank: 4, or 0"),
         ({"beam_width": 5}, "beam_width must be at least 10"),
         ({"thought_tokens": 5}, "none of 72 rationales by the grounded writer is fit"),
+        ({"readable": True}, "prompts hold no text; set readable: false, or text_tokens"),
     ],
 )
 def test_settings_that_cannot_be(aligned_run, tmp_path, settings, sentence) -> None:
@@ -520,6 +521,26 @@ def test_settings_that_cannot_be(aligned_run, tmp_path, settings, sentence) -> N
     with pytest.raises(ValueError, match=sentence):
         activate(run, make_recipe(**settings))
     assert not (run / "model" / "activated").exists()
+
+
+def test_rationales_that_can_be_read_in_the_notes(prepared_run, backbone, tmp_path) -> None:
+    run = align_quickly(
+        copy_run(prepared_run, tmp_path / "run"), backbone, note_events=4, text_tokens=6
+    )
+    told = {}
+    for readable in (False, True):
+        activate(run, make_recipe(readable=readable, max_steps=1, thoughts=1, temperature=0.0))
+        kept, _ = read_rationales(run / "model" / "activated" / "rationales.parquet")
+        told[readable] = kept.texts
+    encoder = Recommender.from_pretrained(run / "model" / "activated").encoder
+    items = Dataset.load(run / "dataset").items
+    shown = " ".join(encoder.note_text(item) for item in range(len(items)))
+    assert any("shares" in text for text in told[False])
+    for text in told[True]:
+        if text.startswith("The history shares "):
+            names = text.removeprefix("The history shares ").split(". ")[0].split("; ")
+            assert all(name in shown for name in names)
+    assert told[True] != told[False]
 
 
 def test_an_aligned_model_of_another_catalogue(aligned_run, tmp_path) -> None:

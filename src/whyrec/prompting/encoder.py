@@ -157,6 +157,10 @@ class PromptEncoder:
         assert self.notes is not None
         return self.text(self.notes.text(item))[: self.notes.text_tokens]
 
+    def note_text(self, item: int) -> str:
+        """What a note spells out of an item, as far as it goes; "" where notes hold no text."""
+        return "" if self.notes is None else str(self.tokenizer.decode(self._note(item)))
+
     def render(self, template: str, **slots: Sequence[int]) -> list[list[int]]:
         """Fill a template's `{slots}` with token ids; the pieces in order, literals included.
 

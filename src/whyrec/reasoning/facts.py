@@ -7,15 +7,16 @@ bear it), so that the root category, which nearly everything bears, counts for n
 
     book = FactBook(dataset.items)
     book.of(17)                                    # facts of an item, broad categories first
-    shared_facts(book, pruned, target)             # what speaks for the target
+    shared_facts(book, pruned, book.of(target))    # what speaks for the target
     turn(book, history)                            # what the newest items have that older ones lack
 """
 
+import copy
 import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,13 +87,23 @@ class FactBook:
         self.is_path = self._categories_are_paths(borne)
         self._of = [self._ordered(facts) for facts in borne]
         self._depth = {fact: n for facts in self._of for n, fact in enumerate(facts)}
-        self._bearers: defaultdict[Fact, list[int]] = defaultdict(list)
-        for place, ordered in enumerate(self._of):
-            for fact in ordered:
-                self._bearers[fact].append(place)
+        self._bearers = _bearers(self._of)
         self._named: defaultdict[tuple[str, ...], list[Fact]] = defaultdict(list)
         for fact in sorted(self._count):
             self._named[words_of(fact.name)].append(fact)
+
+    def only(self, kept: Callable[[int, Fact], bool]) -> "FactBook":
+        """The same book where items bear some of their facts only; what a fact says stays.
+
+        Args:
+            kept: whether an item is to bear a fact that it bears here.
+        """
+        other = copy.copy(self)
+        other._of = [
+            tuple(fact for fact in facts if kept(item, fact)) for item, facts in enumerate(self._of)
+        ]
+        other._bearers = _bearers(other._of)
+        return other
 
     def of(self, item: int) -> tuple[Fact, ...]:
         """Facts of an item: categories from broad to narrow, then series, brand, era."""
@@ -148,13 +159,13 @@ class FactBook:
         return (*categories, *others)
 
 
-def shared_facts(book: FactBook, history: Sequence[int], target: int) -> list[Shared]:
-    """What a history's items share with an item, the most telling first.
+def shared_facts(book: FactBook, history: Sequence[int], facts: Sequence[Fact]) -> list[Shared]:
+    """Which of some facts, another item's, a history's items bear, the most telling first.
 
     A fact's weight is its idf times the number of the history's items that bear it. A broad
     category is left out where one below it has at least half of its bearers: it adds nothing.
     """
-    return _ranked(book, history, book.of(target))
+    return _ranked(book, history, facts)
 
 
 def leading_facts(book: FactBook, history: Sequence[int]) -> list[Shared]:
@@ -187,6 +198,14 @@ def turn(book: FactBook, history: Sequence[int]) -> Shared | None:
         if told and score > best_score:
             best, best_score = Shared(fact, count), score
     return best
+
+
+def _bearers(facts_of: Sequence[Sequence[Fact]]) -> dict[Fact, list[int]]:
+    bearers = defaultdict[Fact, list[int]](list)
+    for item, facts in enumerate(facts_of):
+        for fact in facts:
+            bearers[fact].append(item)
+    return bearers
 
 
 def _eras(titles: Sequence[str]) -> list[str]:

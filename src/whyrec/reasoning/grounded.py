@@ -10,7 +10,8 @@ From a history and the item that followed, two or three clauses (see `wording.py
 
 So a thought goes from what is there to a guess that is refined word by word, which is what the
 codes of a SID then do: 20 to 40 tokens. Every fact is true, and no title or SID of the target is
-told.
+told. What a history holds can be limited to what its notes spell out, which the model that learns
+from these rationales can read: the rest of the catalogue it would have to know by heart.
 
     writer = GroundedWriter(items, vectors_ND=vectors_ND, settings=GroundedSettings(), seed=0)
     rationale = writer.write(history, target, user=3, position=17)
@@ -19,6 +20,7 @@ told.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -57,12 +59,14 @@ class GroundedSettings:
         pruned: k, the history items that evidence is taken from.
         paraphrases: ways to say a clause, of those in `prompts/rationale.yaml`; 1 is the plainest
             and what a small model learns fastest.
+        readable: to say of a history only what its notes spell out.
     """
 
     announce: tuple[str, ...] = ("supported",)
     max_evidence: int = 3
     pruned: int = 10
     paraphrases: int = 3
+    readable: bool = False
 
     def __post_init__(self) -> None:
         for name in self.announce:
@@ -105,6 +109,7 @@ class GroundedWriter:
         wording: the words; the packaged ones when None.
         near: the neighbours in a history's notes, given the user's own sequence, and their grades;
             see `Notes.graded`. None where prompts hold none.
+        shown: by item, what a note spells out of it; looked at where `settings.readable`.
     """
 
     def __init__(
@@ -116,12 +121,16 @@ class GroundedWriter:
         seed: int,
         wording: Wording | None = None,
         near: Near | None = None,
+        shown: Sequence[str] = (),
     ) -> None:
         self.near = near
         assert len(items) == len(vectors_ND)
+        assert not settings.readable or len(items) == len(shown)
         self.items, self.vectors_ND = items, vectors_ND
         self.settings, self.seed = settings, seed
         self.book = FactBook(items)
+        readable = settings.readable
+        self.told = self.book.only(partial(_spells_out, shown)) if readable else self.book
         self.wording = wording or packaged_wording()
         self._makers = self._brands_by_category()
 
@@ -152,13 +161,14 @@ class GroundedWriter:
         )
         if not announced:
             return None
-        book, hidden = self.book, None if guess else self._telltale(target)
+        book, hidden = self.told, None if guess else self._telltale(target)
         if guess:
             pruned = list(history[-self.settings.pruned :])
             shared = [found.fact for found in leading_facts(book, pruned)]
         else:
             pruned = prune(history, target, vectors_ND=self.vectors_ND, k=self.settings.pruned)
-            shared = [found.fact for found in shared_facts(book, pruned, target)]
+            borne = self.book.of(target)
+            shared = [found.fact for found in shared_facts(book, pruned, borne)]
         evidence = [fact for fact in shared if fact != hidden][: self.settings.max_evidence]
         jump = not evidence
         if jump:
@@ -175,7 +185,7 @@ class GroundedWriter:
             ("next", announced),
         ]
         text = " ".join(
-            self.wording.say(clause, facts, book, way=self._way(clause, rng))
+            self.wording.say(clause, facts, self.book, way=self._way(clause, rng))
             for clause, facts in clauses
             if facts
         )
@@ -266,3 +276,10 @@ class GroundedWriter:
         narrowest = categories[-1]
         made = self._makers.get(narrowest, Counter())[brand]
         return made >= 2 and made >= _TYPICAL_BRAND * self.book.count(narrowest)
+
+
+def _spells_out(shown: Sequence[str], item: int, fact: Fact) -> bool:
+    """Whether the words of a fact's name stand in what is shown of an item, in a row."""
+    words, name = words_of(shown[item]), words_of(fact.name)
+    starts = range(len(words) - len(name) + 1)
+    return any(words[start : start + len(name)] == name for start in starts)

@@ -23,6 +23,8 @@ class ActivateRecipe:
         max_evidence: facts that a grounded rationale begins with, at most.
         paraphrases: ways that a grounded clause may be said in.
         pruned: history items that a rationale is written from.
+        readable: a grounded rationale says of the history only what its notes spell out, which the
+            model can read; the rest of the catalogue it would have to know by heart.
         own_tokens: budget of the aligned model's answers.
         own_temperature: of their sampling.
         endpoint_url: base address, up to and with `/v1`.
@@ -67,6 +69,7 @@ class ActivateRecipe:
     max_evidence: int = 3
     paraphrases: int = 1
     pruned: int = 10
+    readable: bool = False
     own_tokens: int = 96
     own_temperature: float = 0.7
     endpoint_url: str = ""
@@ -132,7 +135,13 @@ def writing_of(recipe: ActivateRecipe, *, max_history: int) -> Writing:
         )
     return Writing(
         recipe.writer,
-        GroundedSettings(recipe.announce, recipe.max_evidence, recipe.pruned, recipe.paraphrases),
+        GroundedSettings(
+            recipe.announce,
+            recipe.max_evidence,
+            recipe.pruned,
+            recipe.paraphrases,
+            recipe.readable,
+        ),
         endpoint,
         own_tokens=recipe.own_tokens,
         own_temperature=recipe.own_temperature,

@@ -132,7 +132,8 @@ def write_rationales(
         file: the Parquet file; the report lies beside it as JSON.
 
     Raises:
-        ValueError: when the endpoint fails (what is done is kept), or nothing is fit to train on.
+        ValueError: when the endpoint fails (what is done is kept), nothing is fit to train on, or
+            what notes spell out is asked for and there is none.
     """
     steps = training_steps(
         dataset, steps_per_user=writing.steps_per_user, max_history=writing.max_history
@@ -196,12 +197,19 @@ def _write(
     items, vectors_ND = dataset.items, read_vectors(run / "sids" / "embeddings.safetensors")
     pruned = writing.grounded.pruned
     if writing.writer == "grounded":
+        readable = writing.grounded.readable
+        if readable and not (encoder.notes and encoder.notes.text_tokens):
+            raise ValueError(
+                "readable: true keeps to what notes spell out, and the aligned model's prompts "
+                "hold no text; set readable: false, or text_tokens in the recipe of alignment"
+            )
         writer = GroundedWriter(
             items,
             vectors_ND=vectors_ND,
             settings=writing.grounded,
             seed=writing.seed,
             near=encoder.notes.graded if encoder.notes else None,
+            shown=[encoder.note_text(n) for n in range(len(items))] if readable else (),
         )
 
         def write(n: int) -> str | None:
