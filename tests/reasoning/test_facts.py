@@ -69,6 +69,27 @@ def test_a_rare_narrow_category_does_not_hide_a_frequent_broad_one() -> None:
     assert found == ["Makeup", "Files"]
 
 
+def test_a_title_tells_the_brand_that_the_catalogue_does_not() -> None:
+    books = [
+        item("St. Ives Apricot Scrub", brand="St. Ives"),
+        item("ST IVES Body Lotion", brand="St. Ives"),
+        item("St. Ives Body Wash, 24 oz"),
+        item("Body Wash by St. Ives"),  # it does not begin with it
+        item("Body Butter", brand="Body"),
+        item("Body Scrub", brand="Body"),
+        item("Body Milk", brand="Nivea"),
+        item("Body Oil"),  # a third of what begins so is of others
+        item("Dove Soap", brand="Dove"),
+        item("Dove Cream"),  # one title is chance
+        item("St. Ives Wipes", brand="Kirkland"),
+    ]
+    told = [
+        [fact.name for fact in FactBook(books[:count]).of(n) if fact.kind == "brand"]
+        for count, n in [(10, 2), (10, 3), (10, 7), (10, 9), (11, 10), (11, 2)]
+    ]
+    assert told == [["St. Ives"], [], [], [], ["Kirkland"], []]
+
+
 def test_leading_facts_know_no_target() -> None:
     assert leading_facts(SHOP_BOOK, [5, 6])[0].fact == Fact("brand", "WEN by Chaz Dean")
 

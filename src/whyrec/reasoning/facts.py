@@ -2,8 +2,10 @@
 
 A *fact* is a category, a brand, a series of titles or an era, as the catalogue gives it. (The era
 is the decade of the year that a title ends in, or the year itself where most of the catalogue is of
-that decade.) A fact says the more, the fewer items bear it: its weight is idf = log(N / items that
-bear it), so that the root category, which nearly everything bears, counts for nearly nothing.
+that decade.) Where the catalogue names no brand, a title that begins with one tells it, as in "St.
+Ives Body Wash", if nearly all titles that begin so are of that brand. A fact says the more, the
+fewer items bear it: its weight is idf = log(N / items that bear it), so that the root category,
+which nearly everything bears, counts for nearly nothing.
 
     book = FactBook(dataset.items)
     book.of(17)                                    # facts of an item, broad categories first
@@ -30,6 +32,7 @@ _COMMON = 0.6
 # Amazon's, 0.59 among the genres of films.
 _PATH = 0.8
 _LONGEST_NAME = 48  # letters
+_TOLD = 0.9  # of the titles that begin with a brand's name and whose brand is known
 _MOST_NEWEST = 3
 _SEPARATORS = re.compile(r"\s*([;>|/])\s*")
 
@@ -62,9 +65,9 @@ class FactBook:
     def __init__(self, items: Sequence[Item]) -> None:
         spelling = _Spelling()
         rows: list[list[tuple[Kind, str]]] = []
-        for item in items:
+        for item, brand in zip(items, _brands(items), strict=True):
             rows.append([("category", name) for name in item.categories])
-            rows[-1].append(("brand", item.brand))
+            rows[-1].append(("brand", brand))
         for row in rows:
             for kind, name in row:
                 spelling.note(kind, name)
@@ -206,6 +209,30 @@ def _bearers(facts_of: Sequence[Sequence[Fact]]) -> dict[Fact, list[int]]:
         for fact in facts:
             bearers[fact].append(item)
     return bearers
+
+
+def _brands(items: Sequence[Item]) -> list[str]:
+    """The brand of each item; where it has none, the one that its title tells, or ""."""
+    spelled = {words: item.brand for item in items if (words := words_of(item.brand))}
+    longest = max(map(len, spelled), default=0)
+
+    def begins_with(title: str) -> tuple[str, ...]:
+        """The longest brand's name that a title begins with."""
+        words = words_of(title)[:longest]
+        lengths = range(len(words), 0, -1)
+        return next((words[:length] for length in lengths if words[:length] in spelled), ())
+
+    beginnings = [begins_with(item.title) for item in items]
+    begun, its_own = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    for item, name in zip(items, beginnings, strict=True):
+        if name and words_of(item.brand):
+            begun[name] += 1
+            its_own[name] += words_of(item.brand) == name
+    told = {name for name, count in begun.items() if count > 1 and its_own[name] >= _TOLD * count}
+    return [
+        item.brand if words_of(item.brand) else spelled[name] if name in told else ""
+        for item, name in zip(items, beginnings, strict=True)
+    ]
 
 
 def _eras(titles: Sequence[str]) -> list[str]:
