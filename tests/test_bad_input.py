@@ -303,11 +303,6 @@ def _(world):
     )
 
 
-@refused("align with more teaching than there is", "taught must lie between 0 and 1")
-def _(world):
-    return ("align", "--run", world.run, "--set", "taught=1.5")
-
-
 @refused("align from another catalogue's checkpoint", "belongs to another catalogue.*`whyrec index")
 def _(world):
     released = f"checkpoint={world.top}/released"

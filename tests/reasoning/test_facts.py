@@ -49,13 +49,18 @@ def test_where_most_items_are_of_one_decade_the_year_speaks() -> None:
 def test_what_everything_bears_counts_for_nothing() -> None:
     beauty = Fact("category", "Beauty")
     assert not SHOP_BOOK.says_something(beauty)
-    assert beauty not in [found.fact for found in shared_facts(SHOP_BOOK, [5, 6, 7], SHOP_BOOK.of(0))]
+    assert beauty not in [
+        found.fact for found in shared_facts(SHOP_BOOK, [5, 6, 7], SHOP_BOOK.of(0))
+    ]
     assert shared_facts(SHOP_BOOK, [5, 6, 7], SHOP_BOOK.of(0)) == []
     assert SHOP_BOOK.idf(beauty) < 0.3 < SHOP_BOOK.idf(Fact("brand", "Essie"))
 
 
 def test_shared_facts_are_narrow_and_counted() -> None:
-    found = {shared.fact.name: shared.count for shared in shared_facts(SHOP_BOOK, [0, 2, 5], SHOP_BOOK.of(1))}
+    found = {
+        shared.fact.name: shared.count
+        for shared in shared_facts(SHOP_BOOK, [0, 2, 5], SHOP_BOOK.of(1))
+    }
     # Nails and Makeup say no more than Nail Polish does.
     assert found == {"OPI Nail Lacquer": 1, "OPI": 1, "Nail Polish": 2}
 

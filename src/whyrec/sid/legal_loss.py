@@ -43,18 +43,6 @@ def legal_log_probs(logits_MK: Tensor, *, legal_MK: Tensor) -> Tensor:
     return logits_MK.float().masked_fill(~legal_MK, -torch.inf).log_softmax(-1)
 
 
-def legal_cross_entropy(logits_MK: Tensor, wanted_MK: Tensor, *, legal_MK: Tensor) -> Tensor:
-    """Σ wanted · (- log p), p renormalised over the legal codes, in float32; 0 where M is.
-
-    Args:
-        logits_MK: over all codes of the level.
-        wanted_MK: distributions over the legal codes.
-        legal_MK: which codes the trie allows.
-    """
-    log_probs_MK = legal_log_probs(logits_MK, legal_MK=legal_MK)
-    return -(wanted_MK * log_probs_MK.masked_fill(~legal_MK, 0.0)).sum()
-
-
 class LegalNll(torch.autograd.Function):
     """`legal_nll` by the kernels; the logits are kept as they came, in bf16 or float32."""
 

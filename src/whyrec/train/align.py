@@ -38,7 +38,6 @@ from whyrec.train.loss import SidLoss
 from whyrec.train.mix import AlignmentMix, MixSizes
 from whyrec.train.packing import PackedOrder
 from whyrec.train.replay import own_conversations
-from whyrec.train.teachers import check_teachers, load_teachers
 from whyrec.train.trainer import AlignTrainer, processes, say
 from whyrec.train.validation import Validation
 from whyrec.train.warmup import warm_up
@@ -73,13 +72,6 @@ def align(run: Path, recipe: AlignRecipe, *, force: bool = False) -> None:
     } | ({"checkpoint": checkpoint} if checkpoint else {})
     if checkpoint:
         check_checkpoint(checkpoint, run / "sids")
-    if not 0 <= recipe.taught <= 1:
-        raise ValueError(f"taught must lie between 0 and 1, not {recipe.taught}")
-    if recipe.teachers:
-        level_sizes = Trie.load(run / "sids" / "trie.safetensors").level_sizes
-        teachers = [Path(folder) for folder in recipe.teachers]
-        check_teachers(teachers, _made(recipe, level_sizes), sids=run / "sids" / "sids.parquet")
-        inputs |= {f"teacher {folder}": folder for folder in teachers}
     run_stage(
         run / "model" / "aligned",
         lambda folder: _build(run, recipe, folder),
@@ -149,13 +141,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         text_weight=recipe.text_weight,
-        taught=recipe.taught,
-    )
-    teachers = load_teachers(
-        [Path(folder) for folder in recipe.teachers],
-        vocabulary=vocabulary,
-        trie=validation.trie,
-        device=state.device,
     )
 
     row_tokens, accumulated = cut_rows(recipe.batch_tokens, micro=recipe.micro_batch_tokens)
@@ -199,7 +184,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
             compiled=recipe.compile,
             average=recipe.average if phase == "mix" else 0.0,
             block_lr=recipe.block_lr if phase == "mix" else 0.0,
-            teachers=teachers if phase == "mix" else None,
             new_rows=token_ids if recipe.keep_words or phase == "warmup" else None,
         )
 

@@ -1,6 +1,6 @@
 """Settings of itemic alignment, one flat YAML file each (recipes/*/align.yaml)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass
@@ -21,8 +21,6 @@ class AlignRecipe:
         alike: items that share words with such an event, in its note, at most (`catalog/alike.py`).
         warmup_epochs: epochs of the token warm-up.
         warmup_lr: its learning rate.
-        teachers: folders of models of the same recipe and other seeds (`train/teachers.py`).
-        taught: their share in the loss of a code.
         epochs: of the multi-task mix.
         max_steps: optimizer steps of the mix at most; 0 for all of its epochs.
         lr: learning rate of the mix (cosine schedule).
@@ -69,8 +67,6 @@ class AlignRecipe:
     alike: int = 0
     warmup_epochs: int = 1
     warmup_lr: float = 5e-3
-    teachers: list[str] = field(default_factory=list)
-    taught: float = 0.5
     epochs: int = 10
     max_steps: int = 0
     lr: float = 1e-3

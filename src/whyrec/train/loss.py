@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from whyrec.backbone.packed_blocks import PackedBlocks
 from whyrec.backbone.second_forward import add_forward
 from whyrec.prompting.encoder import IGNORED
-from whyrec.sid.legal_loss import legal_cross_entropy, legal_nll
+from whyrec.sid.legal_loss import legal_nll
 from whyrec.sid.trie import Trie
 from whyrec.sid.vocabulary import SidVocabulary
 from whyrec.train.text_loss import text_nll
@@ -45,7 +45,6 @@ class SidLoss:
         label_smoothing: probability mass spread evenly over the legal codes of a SID target.
         dropout: on the input embeddings and on the last hidden states, in training.
         text_weight: of a text token's loss; a code's is 1.
-        taught: share of what teachers say in a code's loss, where there are any.
     """
 
     vocabulary: SidVocabulary
@@ -53,7 +52,6 @@ class SidLoss:
     label_smoothing: float = 0.0
     dropout: float = 0.0
     text_weight: float = 1.0
-    taught: float = 0.0
 
     def total(
         self,
@@ -64,7 +62,6 @@ class SidLoss:
         text_positions: Tensor,
         sid_positions: Sequence[Tensor],
         sid_nodes: Sequence[Tensor],
-        teachings: Sequence[Tensor] = (),
     ) -> Tensor:
         """Sum of the next-token losses over all labels, in float32.
 
@@ -75,7 +72,6 @@ class SidLoss:
             text_positions: [M], positions whose next token is wanted text.
             sid_positions: by level [M], positions whose next token is a wanted code.
             sid_nodes: by level [M], the trie nodes before those codes.
-            teachings: by level [M, K], what teachers say there; none without.
         """
         targets_T = labels_T.roll(-1)
         # One selection and one part of the head for all levels: the gradient of each is as large
@@ -98,9 +94,6 @@ class SidLoss:
                 legal_MK=legal_MK,
                 label_smoothing=self.label_smoothing,
             )
-            if len(teachings):
-                told = legal_cross_entropy(logits_MK, teachings[level], legal_MK=legal_MK)
-                found = (1 - self.taught) * found + self.taught * told
             loss = loss + found
         return loss
 
@@ -128,7 +121,6 @@ def _forward_with_loss(
     text_positions: Tensor,
     sid_positions: Sequence[Tensor],
     sid_nodes: Sequence[Tensor],
-    teachings: Sequence[Tensor] = (),
     num_items_in_batch: Tensor | int | None = None,
     **_: object,  # PEFT passes every argument of a causal LM on, as None
 ) -> CausalLMOutput:
@@ -147,7 +139,6 @@ def _forward_with_loss(
         text_positions=text_positions,
         sid_positions=sid_positions,
         sid_nodes=sid_nodes,
-        teachings=teachings,
     )
     count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=total / torch.as_tensor(count, device=total.device).clamp(min=1))

@@ -28,10 +28,7 @@ from whyrec.train.averaging import WeightAverage
 from whyrec.train.loss import SidLoss, attach_sid_loss
 from whyrec.train.packing import Mix, PackedOrder, Row, pack
 from whyrec.train.rows import KeepRows, row_parameters
-from whyrec.train.teachers import Teachers
 from whyrec.train.validation import ValidatedTrainer, Validation
-
-_ROW = ("input_ids", "position_ids", "document_starts", "sid_positions", "sid_nodes")
 
 
 class AlignTrainer(ValidatedTrainer, SFTTrainer):
@@ -48,7 +45,6 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         average: decay of the weights' average, which is validated and kept; 0 for none.
         block_lr: learning rate of all weights but the tokens' rows, where it is another; 0 else.
         new_rows: ids of the tokens whose rows train, where the others are to stay as they are.
-        teachers: who is asked for the codes of each row, too.
 
     Attributes:
         trained_tokens: tokens trained on so far by this process and the others, no padding.
@@ -67,7 +63,6 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         average: float = 0.0,
         block_lr: float = 0.0,
         new_rows: Sequence[int] | None = None,
-        teachers: Teachers | None = None,
     ) -> None:
         self.block_lr, self.new_rows = block_lr, new_rows
         # FSDP2 shards a model in place. A copy is sharded instead: `model`, the caller's, stays
@@ -118,12 +113,8 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
         if new_rows is not None:
             self.add_callback(KeepRows(new_rows))
         attach_sid_loss(plain_model(self.model), sid_loss, blocks=self.blocks)
-        self.teachers = teachers
-        if teachers is not None:
-            teachers.read(longest=order.longest)
         if compiled:
-            others = teachers.models if teachers is not None else []
-            _compile_blocks([plain_model(self.model), *others])
+            _compile_blocks(plain_model(self.model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Transformers' own, with a rate and a decay of their own for the tokens' rows."""
@@ -162,9 +153,6 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
     ) -> torch.Tensor:
         assert not return_outputs, "the loss computes no logits"
         self.trained_tokens += inputs.pop("num_tokens") * self.args.world_size
-        if self.teachers is not None:
-            row = {name: inputs[name] for name in _ROW}
-            inputs["teachings"] = self.teachers.probabilities(**row)
         # Not left to Accelerate, whose wrapper around `forward` a second trainer loses.
         with self.accelerator.autocast():
             outputs = model(
@@ -223,7 +211,7 @@ class AlignTrainer(ValidatedTrainer, SFTTrainer):
                 whole.copy_(shard.full_tensor())
 
 
-def _compile_blocks(models: Sequence[PreTrainedModel]) -> None:
+def _compile_blocks(model: PreTrainedModel) -> None:
     """Fuse and compile, in place, the transformer blocks and the norm behind them.
 
     All blocks share one compiled function.
@@ -231,15 +219,14 @@ def _compile_blocks(models: Sequence[PreTrainedModel]) -> None:
     # A training has rows of one shape. Functions of an earlier one's shapes would let this one be
     # compiled for shapes of all kinds, which is slower, or count against how many there may be.
     torch.compiler.reset()
-    for model in models:
-        fuse_projections(model)
-        kinds = set(model._no_split_modules or ())
-        for module in model.modules():
-            if type(module).__name__ in kinds:
-                module.compile(dynamic=False)
-        # As PyTorch's own kernels it is twenty passes over the row, forward and backward.
-        if isinstance(norm := getattr(model.base_model, "norm", None), nn.Module):
-            norm.compile(dynamic=False)
+    fuse_projections(model)
+    kinds = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            module.compile(dynamic=False)
+    # As PyTorch's own kernels it is twenty passes over the row, forward and backward.
+    if isinstance(norm := getattr(model.base_model, "norm", None), nn.Module):
+        norm.compile(dynamic=False)
 
 
 def _render_row(batch: list[dict[str, int]], *, mix: Mix, **settings: Any) -> Row:
