@@ -172,8 +172,8 @@ class Tiger(nn.Module):
         """Sum over items and levels; a code that the trie forces costs nothing."""
         head_VD = self.llama.get_output_embeddings().weight
         total = hidden_PLD.new_zeros((), dtype=torch.float32)
-        for level, offset in enumerate(self.vocabulary.offsets):
-            rows_KD = head_VD[offset : offset + self.vocabulary.level_sizes[level]]
+        by_level = zip(self.vocabulary.offsets, self.vocabulary.rows_by_level(head_VD), strict=True)
+        for level, (offset, rows_KD) in enumerate(by_level):
             total = total + legal_nll(
                 hidden_PLD[:, level] @ rows_KD.T,
                 self.tokens_NL[items_P, level] - offset,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from whyrec.catalog.dataset import Item
-from whyrec.reasoning.titles import series_of, words_of, year_of
+from whyrec.reasoning.titles import beginning, series_of, words_of, year_of
 
 Kind = Literal["category", "series", "brand", "era"]
 # A fact that more than this share of the catalogue bears says nothing about an item.
@@ -168,13 +168,24 @@ def shared_facts(book: FactBook, history: Sequence[int], facts: Sequence[Fact]) 
     A fact's weight is its idf times the number of the history's items that bear it. A broad
     category is left out where one below it has at least half of its bearers: it adds nothing.
     """
-    return _ranked(book, history, facts)
+    bearers: defaultdict[Fact, set[int]] = defaultdict(set)
+    for place, item in enumerate(history):
+        for fact in book.of(item):
+            bearers[fact].add(place)
+    held = [fact for fact in facts if bearers[fact] and book.says_something(fact)]
+    kept = [
+        fact for fact in held if not any(_says_more(book, other, fact, bearers) for other in held)
+    ]
+    kept.sort(
+        key=lambda fact: -book.idf(fact) * len(bearers[fact])
+    )  # stable: ties keep their order
+    return [Shared(fact, len(bearers[fact])) for fact in kept]
 
 
 def leading_facts(book: FactBook, history: Sequence[int]) -> list[Shared]:
     """What a history is mostly about, the most telling first."""
     facts = dict.fromkeys(fact for item in history for fact in book.of(item))
-    return _ranked(book, history, tuple(facts))
+    return shared_facts(book, history, tuple(facts))
 
 
 def turn(book: FactBook, history: Sequence[int]) -> Shared | None:
@@ -213,25 +224,17 @@ def _bearers(facts_of: Sequence[Sequence[Fact]]) -> dict[Fact, list[int]]:
 
 def _brands(items: Sequence[Item]) -> list[str]:
     """The brand of each item; where it has none, the one that its title tells, or ""."""
-    spelled = {words: item.brand for item in items if (words := words_of(item.brand))}
+    brands = [words_of(item.brand) for item in items]
+    spelled = {words: item.brand for words, item in zip(brands, items, strict=True) if words}
     longest = max(map(len, spelled), default=0)
-
-    def begins_with(title: str) -> tuple[str, ...]:
-        """The longest brand's name that a title begins with."""
-        words = words_of(title)[:longest]
-        lengths = range(len(words), 0, -1)
-        return next((words[:length] for length in lengths if words[:length] in spelled), ())
-
-    beginnings = [begins_with(item.title) for item in items]
-    begun, its_own = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for item, name in zip(items, beginnings, strict=True):
-        if name and words_of(item.brand):
-            begun[name] += 1
-            its_own[name] += words_of(item.brand) == name
+    names = [beginning(words_of(item.title)[:longest], spelled) for item in items]
+    pairs = list(zip(brands, names, strict=True))
+    begun = Counter(name for words, name in pairs if words and name)
+    its_own = Counter(name for words, name in pairs if words == name)
     told = {name for name, count in begun.items() if count > 1 and its_own[name] >= _TOLD * count}
     return [
-        item.brand if words_of(item.brand) else spelled[name] if name in told else ""
-        for item, name in zip(items, beginnings, strict=True)
+        item.brand if words else spelled[name] if name in told else ""
+        for item, (words, name) in zip(items, pairs, strict=True)
     ]
 
 
@@ -243,21 +246,6 @@ def _eras(titles: Sequence[str]) -> list[str]:
         "" if not year else str(year) if year // 10 in usual else f"{year // 10 * 10}s"
         for year in years
     ]
-
-
-def _ranked(book: FactBook, history: Sequence[int], facts: Sequence[Fact]) -> list[Shared]:
-    bearers: defaultdict[Fact, set[int]] = defaultdict(set)
-    for place, item in enumerate(history):
-        for fact in book.of(item):
-            bearers[fact].add(place)
-    held = [fact for fact in facts if bearers[fact] and book.says_something(fact)]
-    kept = [
-        fact for fact in held if not any(_says_more(book, other, fact, bearers) for other in held)
-    ]
-    kept.sort(
-        key=lambda fact: -book.idf(fact) * len(bearers[fact])
-    )  # stable: ties keep their order
-    return [Shared(fact, len(bearers[fact])) for fact in kept]
 
 
 def _says_more(book: FactBook, narrow: Fact, broad: Fact, bearers: Mapping[Fact, set[int]]) -> bool:

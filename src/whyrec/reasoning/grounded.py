@@ -129,8 +129,9 @@ class GroundedWriter:
         self.items, self.vectors_ND = items, vectors_ND
         self.settings, self.seed = settings, seed
         self.book = FactBook(items)
-        readable = settings.readable
-        self.told = self.book.only(partial(_spells_out, shown)) if readable else self.book
+        self.told = self.book
+        if settings.readable:
+            self.told = self.book.only(partial(_spells_out, [words_of(text) for text in shown]))
         self.wording = wording or packaged_wording()
         self._makers = self._brands_by_category()
 
@@ -278,8 +279,8 @@ class GroundedWriter:
         return made >= 2 and made >= _TYPICAL_BRAND * self.book.count(narrowest)
 
 
-def _spells_out(shown: Sequence[str], item: int, fact: Fact) -> bool:
-    """Whether the words of a fact's name stand in what is shown of an item, in a row."""
-    words, name = words_of(shown[item]), words_of(fact.name)
+def _spells_out(shown: Sequence[tuple[str, ...]], item: int, fact: Fact) -> bool:
+    """Whether the words of a fact's name stand in a row in those that are shown of an item."""
+    words, name = shown[item], words_of(fact.name)
     starts = range(len(words) - len(name) + 1)
     return any(words[start : start + len(name)] == name for start in starts)

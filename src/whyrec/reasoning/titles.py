@@ -13,7 +13,7 @@ than a series can have. Equal titles are one title; items without any have no se
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _BRACKETS = re.compile(r"\s*\([^()]*\)\s*$")
@@ -38,6 +38,16 @@ def words_of(text: str) -> tuple[str, ...]:
     ("l'oreal", 'paris')
     """
     return tuple(word.casefold().replace("’", "'") for word in _WORD.findall(text))
+
+
+def beginning(words: tuple[str, ...], names: Container[tuple[str, ...]]) -> tuple[str, ...]:
+    """The longest of some names that words begin with; () where they begin with none.
+
+    >>> beginning(("nail", "polish", "red"), {("nail",), ("nail", "polish"), ("red",)})
+    ('nail', 'polish')
+    """
+    lengths = range(len(words), 0, -1)
+    return next((words[:length] for length in lengths if words[:length] in names), ())
 
 
 def year_of(title: str) -> int | None:
@@ -119,12 +129,11 @@ def _is_name(stem: tuple[str, ...]) -> bool:
 
 def _longest(title: str, key: tuple[str, ...], series: set[tuple[str, ...]]) -> str:
     """The longest series that a title begins with, in the title's own letters."""
-    for length in range(min(len(key), _LONGEST_STEM), 0, -1):
-        if key[:length] in series:
-            skipped = len(words_of(title)) - len(key)
-            spans = [found.span() for found in _WORD.finditer(title)]
-            return title[spans[skipped][0] : spans[skipped + length - 1][1]]
-    return ""
+    if not (stem := beginning(key[:_LONGEST_STEM], series)):
+        return ""
+    skipped = len(words_of(title)) - len(key)
+    spans = [found.span() for found in _WORD.finditer(title)]
+    return title[spans[skipped][0] : spans[skipped + len(stem) - 1][1]]
 
 
 def _without_article(words: tuple[str, ...]) -> tuple[str, ...]:

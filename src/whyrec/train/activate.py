@@ -74,6 +74,12 @@ def activate(run: Path, recipe: ActivateRecipe, *, force: bool = False) -> None:
     settings = read_settings(aligned)
     writing = writing_of(recipe, max_history=settings.max_history)
     check_recipe(recipe)
+    shows_text = settings.note_events and settings.text_tokens
+    if recipe.writer == "grounded" and recipe.readable and not shows_text:
+        raise ValueError(
+            "readable: true keeps to what notes spell out, and the aligned model's prompts hold no "
+            "text; set readable: false, or text_tokens in the recipe of alignment"
+        )
     check_checkpoint(aligned, run / "sids")
     checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else None
     if checkpoint:

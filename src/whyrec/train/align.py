@@ -9,7 +9,6 @@ First a token warm-up: everything frozen but the new rows. Then the multi-task m
         --run runs/NAME --recipe recipes/NAME/align.yaml
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,17 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     vocabulary = extend_vocabulary(
         model, tokenizer, level_sizes=trie.level_sizes, codebooks=codebooks, seed=recipe.seed
     )
-    made = _made(recipe, trie.level_sizes)
+    made = Settings(
+        "aligned",
+        recipe.backbone,
+        list(trie.level_sizes),
+        recipe.max_history,
+        withheld=recipe.withheld,
+        note_events=recipe.note_events,
+        neighbours=recipe.neighbours,
+        text_tokens=recipe.text_tokens,
+        alike=recipe.alike,
+    )
     encoder = training_encoder(
         run, made, tokenizer, vocabulary=vocabulary, items=dataset.items, codes_NL=codes_NL
     )
@@ -210,21 +219,6 @@ def _build(run: Path, recipe: AlignRecipe, folder: Path) -> dict:
     if state.is_main_process:
         save_trained(run, folder, adapted=adapted, tokenizer=tokenizer, settings=made)
     return summary | {"trained_tokens": mix.trained_tokens}
-
-
-def _made(recipe: AlignRecipe, level_sizes: Sequence[int]) -> Settings:
-    """What the recipe makes, as its model folder will say."""
-    return Settings(
-        "aligned",
-        recipe.backbone,
-        list(level_sizes),
-        recipe.max_history,
-        withheld=recipe.withheld,
-        note_events=recipe.note_events,
-        neighbours=recipe.neighbours,
-        text_tokens=recipe.text_tokens,
-        alike=recipe.alike,
-    )
 
 
 def _check_context(model: PreTrainedModel, encoder: PromptEncoder, recipe: AlignRecipe) -> None:

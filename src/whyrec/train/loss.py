@@ -86,15 +86,12 @@ class SidLoss:
             nodes_M = sid_nodes[level]
             if len(nodes_M) == 0:
                 continue
-            logits_MK = levels[level] @ codes_KD[level].T
-            legal_MK = self.trie.mask(nodes_M, level=level)
-            found = legal_nll(
-                logits_MK,
+            loss = loss + legal_nll(
+                levels[level] @ codes_KD[level].T,
                 targets[level + 1] - offset,
-                legal_MK=legal_MK,
+                legal_MK=self.trie.mask(nodes_M, level=level),
                 label_smoothing=self.label_smoothing,
             )
-            loss = loss + found
         return loss
 
 

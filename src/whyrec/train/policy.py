@@ -143,8 +143,7 @@ def code_log_probs(
         vocabulary, trie: of the catalogue.
     """
     found = []
-    for level, offset in enumerate(vocabulary.offsets):
-        rows_KD = head_VD[offset : offset + vocabulary.level_sizes[level]]
+    for level, rows_KD in enumerate(vocabulary.rows_by_level(head_VD)):
         logits_BK = hidden_BLD[:, level].to(rows_KD.dtype) @ rows_KD.T
         legal_BK = trie.mask(trie.walk(codes_BL[:, :level]), level=level)
         log_probs_BK = legal_log_probs(logits_BK, legal_MK=legal_BK)

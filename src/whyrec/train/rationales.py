@@ -132,8 +132,7 @@ def write_rationales(
         file: the Parquet file; the report lies beside it as JSON.
 
     Raises:
-        ValueError: when the endpoint fails (what is done is kept), nothing is fit to train on, or
-            what notes spell out is asked for and there is none.
+        ValueError: when the endpoint fails (what is done is kept), or nothing is fit to train on.
     """
     steps = training_steps(
         dataset, steps_per_user=writing.steps_per_user, max_history=writing.max_history
@@ -198,11 +197,6 @@ def _write(
     pruned = writing.grounded.pruned
     if writing.writer == "grounded":
         readable = writing.grounded.readable
-        if readable and not (encoder.notes and encoder.notes.text_tokens):
-            raise ValueError(
-                "readable: true keeps to what notes spell out, and the aligned model's prompts "
-                "hold no text; set readable: false, or text_tokens in the recipe of alignment"
-            )
         writer = GroundedWriter(
             items,
             vectors_ND=vectors_ND,
