@@ -9,6 +9,7 @@ A row of the table names what differs from the recipe, and nothing else:
     text SIDs:      {sids: runs/beauty-text/sids}       # another `whyrec index` of the data set
     beam 50:        {evaluate: {beams: 50}, of: whole}  # ranks with the model of the row `whole`
 
+What all rows change alike stands above them, as `align:` of the table; a row may change it back.
 Every row is a run folder of its own, `RUN-ablation/NAME`, made by `whyrec align` and measured by
 `whyrec evaluate` on the validation split, which ablations are read on: the test split is for the
 recipe. Rows that are done are not done again; a killed one goes on where it was. With several GPUs
@@ -78,11 +79,13 @@ def read_table(path: Path, *, only: list[str]) -> tuple[Path, dict[str, dict[str
     """
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe, rows = path.parent / table["recipe"], table["rows"]
+    shared = table.get("align", {})
     for name, row in rows.items():
         if unknown := set(row) - KEYS:
             raise ValueError(f"row {name!r} has {unknown.pop()!r}; known are {sorted(KEYS)}")
         if row.get("of", name) not in rows:
             raise ValueError(f"row {name!r} is of {row['of']!r}, which is no row")
+        row["align"] = shared | row.get("align", {})
     if missing := set(only) - set(rows):
         raise ValueError(f"{path} has no row {missing.pop()!r}; it has {', '.join(rows)}")
     return recipe, {name: rows[name] for name in rows if not only or name in only}

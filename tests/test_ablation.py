@@ -22,11 +22,12 @@ def test_rows_run_are_kept_and_not_done_again(run: Path, tmp_path: Path, backbon
     (tmp_path / "align.yaml").write_text(yaml.safe_dump(quick))
     rows = {
         "Whole": {},
-        "no captions, slower": {"align": {"captions": 0.0, "lr": 1e-4}},
+        "no captions, slower": {"align": {"captions": 0.0, "max_history": 6}},
         "beam 12": {"of": "Whole", "evaluate": {"beams": 12}},
     }
     table = tmp_path / "table.yaml"
-    table.write_text(yaml.safe_dump({"recipe": "align.yaml", "rows": rows}))
+    shared = {"lr": 1e-4, "max_history": 7}
+    table.write_text(yaml.safe_dump({"recipe": "align.yaml", "align": shared, "rows": rows}))
     records = tmp_path / "records"
     done = ablate(table, "--run", run, "--json", records)
     assert done.returncode == 0, done.stderr
@@ -38,6 +39,7 @@ def test_rows_run_are_kept_and_not_done_again(run: Path, tmp_path: Path, backbon
     made = run.with_name(f"{run.name}-ablation") / "no-captions-slower" / "model" / "aligned"
     config = json.loads((made / "stage.json").read_text())["config"]
     assert config["captions"] == 0.0 and config["lr"] == 1e-4 and config["max_steps"] == 2
+    assert config["max_history"] == 6, "a row may change back what all rows change"
     record = json.loads((records / "beam-12.json").read_text())
     assert "--beams=12" in record["command"]
     assert set(key.split("/")[1] for key in record["figures"] if "@" in key) == {"valid"}

@@ -10,6 +10,7 @@ from whyrec.sid.collaborative import (
     CONTEXT_EXPONENT,
     borrow_from_neighbours,
     collaborative_vectors,
+    company_weights,
     cooccurrence,
     fuse,
     ppmi,
@@ -108,3 +109,18 @@ def test_fused_vectors_weigh_the_collaborative_part():
     assert fuse(text, None, weight=0.5) is text
     expected = torch.tensor([[1, 1, 1, 0.5, 0.5]] * 2)
     torch.testing.assert_close(fuse(text, other, weight=0.5), expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["", "soap", "comb", "hair oil"])), st.floats(0, 2, width=32))
+def test_only_items_of_one_text_need_company(texts, weight):
+    weights = company_weights(texts, weight=weight).tolist()
+    for text, here in zip(texts, weights, strict=True):
+        alone = sum(other == text for other in texts) == 1
+        assert here == pytest.approx(weight if alone else max(weight, 1.0))
+
+
+def test_fused_vectors_have_weights_of_their_own():
+    text, other = torch.ones(2, 3), torch.ones(2, 2)
+    fused = fuse(text, other, weight=torch.tensor([0.0, 1.0]))
+    assert fused.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whyrec.catalog.dataset import Dataset, Item, write_items, write_table
+from whyrec.catalog.dataset import Dataset, Item, read_items, write_items, write_table
 from whyrec.recipe import load_recipe
 from whyrec.sid import index as index_module
 from whyrec.sid.index import IndexRecipe, encode_new_items, index, read_sids, write_sids
@@ -159,6 +159,21 @@ def test_text_alone(run, random_vectors):
     tensors = load_file(run / "sids" / "embeddings.safetensors")
     assert set(tensors) == {"text_ND", "vectors_ND"}
     assert torch.equal(tensors["text_ND"], tensors["vectors_ND"])
+
+
+def test_company_tells_items_without_text_apart(run):
+    """At weight 0 company is in no vector, but where all items are called the same it is all."""
+    recipe = IndexRecipe(**SMALL, collaborative_weight=0.0)
+    index(run, recipe)
+    told = load_file(run / "sids" / "embeddings.safetensors")["vectors_ND"]
+    assert not told[:, -SMALL["collaborative_dim"] :].any()
+    items = read_items(run / "dataset" / "items.parquet")
+    write_items(run / "dataset" / "items.parquet", [Item(i.item_id, "", "", (), "") for i in items])
+    index(run, recipe)
+    tensors = load_file(run / "sids" / "embeddings.safetensors")
+    assert len(tensors["text_ND"].unique(dim=0)) == 1
+    company = tensors["vectors_ND"][:, -SMALL["collaborative_dim"] :]
+    assert torch.equal(company, tensors["collaborative_ND"]) and len(company.unique(dim=0)) > 20
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ in, so that neither validation nor test targets leak into the SIDs.
     torch.Size([4, 2])
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -115,8 +116,21 @@ def borrow_from_neighbours(
     return torch.nn.functional.normalize(torch.cat(found) if found else empty, dim=1)
 
 
-def fuse(text_ND: Tensor, collaborative_NC: Tensor | None, *, weight: float) -> Tensor:
-    """An item's vector: its text vector ⊕ `weight` times its collaborative vector."""
+def fuse(text_ND: Tensor, collaborative_NC: Tensor | None, *, weight: float | Tensor) -> Tensor:
+    """An item's vector: its text vector ⊕ `weight` (of all, or [N]) × its collaborative vector."""
     if collaborative_NC is None:
         return text_ND
-    return torch.cat([text_ND, weight * collaborative_NC], dim=1)
+    weight_N1 = torch.as_tensor(weight, dtype=text_ND.dtype).expand(len(text_ND))[:, None]
+    return torch.cat([text_ND, weight_N1 * collaborative_NC], dim=1)
+
+
+def company_weights(texts: Sequence[str], *, weight: float) -> Tensor:
+    """How much company an item's vector holds: `weight`, at least 1 where text tells nothing apart.
+
+    Items that share their whole text, and be it none, can only be told apart by who buys them.
+
+    >>> company_weights(["soap", "comb", "soap"], weight=0.0)
+    tensor([1., 0., 1.])
+    """
+    shared = Counter(texts)
+    return torch.tensor([weight if shared[text] == 1 else max(weight, 1.0) for text in texts])

@@ -29,7 +29,12 @@ from whyrec.catalog.covisits import CoVisits
 from whyrec.catalog.dataset import Dataset, Item, write_table
 from whyrec.recipe import recipe_config
 from whyrec.sid.assign import LastLevel, assign_new, assign_unique, check_room
-from whyrec.sid.collaborative import borrow_from_neighbours, collaborative_vectors, fuse
+from whyrec.sid.collaborative import (
+    borrow_from_neighbours,
+    collaborative_vectors,
+    company_weights,
+    fuse,
+)
 from whyrec.sid.embed import embed_texts, embed_with_backbone, item_text
 from whyrec.sid.quantizers import QUANTIZERS, Quantizer, load_quantizer
 from whyrec.sid.report import sid_report, summary_lines
@@ -53,7 +58,8 @@ class IndexRecipe:
             numbers the items that share all codes before it).
         words_dim: width of the word vector, which joins the text vector; 0 leaves it out.
         collaborative_dim: width of the collaborative vector; 0 leaves it out.
-        collaborative_weight: its length beside the text vector's 1.
+        collaborative_weight: its length beside the text vector's 1; at least 1 for items that share
+            their whole text, which nothing else tells apart.
         window: events between two items that still count as used together.
         iterations: of k-means a level, or passes of RQ-VAE.
         seed: of everything random.
@@ -257,10 +263,10 @@ def _item_vectors(
             known_vectors_NC=collaborative_NC[~unseen_N],
         )
         tensors["collaborative_ND"] = collaborative_NC
-    weight = recipe.collaborative_weight
+    weight_N = company_weights(texts, weight=recipe.collaborative_weight)
     # a copy, because a safetensors file may not hold one tensor under two names
     joined_ND = with_words(tensors["text_ND"], words_NW)
-    tensors["vectors_ND"] = fuse(joined_ND, collaborative_NC, weight=weight).clone()
+    tensors["vectors_ND"] = fuse(joined_ND, collaborative_NC, weight=weight_N).clone()
     return tensors
 
 
