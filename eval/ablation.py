@@ -85,10 +85,13 @@ def read_table(path: Path, *, only: list[str]) -> tuple[Path, dict[str, dict[str
             raise ValueError(f"row {name!r} has {unknown.pop()!r}; known are {sorted(KEYS)}")
         if row.get("of", name) not in rows:
             raise ValueError(f"row {name!r} is of {row['of']!r}, which is no row")
-        row["align"] = shared | row.get("align", {})
     if missing := set(only) - set(rows):
         raise ValueError(f"{path} has no row {missing.pop()!r}; it has {', '.join(rows)}")
-    return recipe, {name: rows[name] for name in rows if not only or name in only}
+    return recipe, {
+        name: row | {"align": shared | row.get("align", {})}
+        for name, row in rows.items()
+        if not only or name in only
+    }
 
 
 def _work(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -22,11 +23,11 @@ def test_rows_run_are_kept_and_not_done_again(run: Path, tmp_path: Path, backbon
     (tmp_path / "align.yaml").write_text(yaml.safe_dump(quick))
     rows = {
         "Whole": {},
-        "no captions, slower": {"align": {"captions": 0.0, "max_history": 6}},
+        "no captions, slower": {"align": {"captions": 0.0, "lr": 1e-4}},
         "beam 12": {"of": "Whole", "evaluate": {"beams": 12}},
     }
     table = tmp_path / "table.yaml"
-    shared = {"lr": 1e-4, "max_history": 7}
+    shared = {"lr": 1e-3, "max_history": 6}
     table.write_text(yaml.safe_dump({"recipe": "align.yaml", "align": shared, "rows": rows}))
     records = tmp_path / "records"
     done = ablate(table, "--run", run, "--json", records)
@@ -39,7 +40,7 @@ def test_rows_run_are_kept_and_not_done_again(run: Path, tmp_path: Path, backbon
     made = run.with_name(f"{run.name}-ablation") / "no-captions-slower" / "model" / "aligned"
     config = json.loads((made / "stage.json").read_text())["config"]
     assert config["captions"] == 0.0 and config["lr"] == 1e-4 and config["max_steps"] == 2
-    assert config["max_history"] == 6, "a row may change back what all rows change"
+    assert config["max_history"] == 6, "what all rows change alike"
     record = json.loads((records / "beam-12.json").read_text())
     assert "--beams=12" in record["command"]
     assert set(key.split("/")[1] for key in record["figures"] if "@" in key) == {"valid"}
@@ -60,9 +61,10 @@ def test_a_table_that_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 2 and said in done.stderr
 
 
-def test_the_table_of_beauty_names_what_recipes_have() -> None:
+@pytest.mark.parametrize("name", ["ablation.yaml", "variants.yaml"])
+def test_the_tables_of_beauty_name_what_recipes_have(name: str) -> None:
     from whyrec.train.align_recipe import AlignRecipe
 
-    table = yaml.safe_load((REPOSITORY / "recipes" / "beauty" / "ablation.yaml").read_text())
-    for row in table["rows"].values():
+    table = yaml.safe_load((REPOSITORY / "recipes" / "beauty" / name).read_text())
+    for row in [table, *table["rows"].values()]:
         assert set(row.get("align", {})) <= set(vars(AlignRecipe()))

@@ -120,7 +120,7 @@ def fuse(text_ND: Tensor, collaborative_NC: Tensor | None, *, weight: float | Te
     """An item's vector: its text vector ⊕ `weight` (of all, or [N]) × its collaborative vector."""
     if collaborative_NC is None:
         return text_ND
-    weight_N1 = torch.as_tensor(weight, dtype=text_ND.dtype).expand(len(text_ND))[:, None]
+    weight_N1 = torch.as_tensor(weight).reshape(-1, 1)
     return torch.cat([text_ND, weight_N1 * collaborative_NC], dim=1)
 
 
